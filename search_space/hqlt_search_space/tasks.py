@@ -1,0 +1,143 @@
+"""What a model is trained and judged on, as data. The trainer makes the batches.
+
+Every length counts tokens including the answer, as in the paper's generators; a prediction is read at the last
+content token. `version` changes when a generator would give other data, so old results keep their identity.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from hqlt_search_space.spec import Spec
+
+
+class Lengths(Spec):
+    """Lengths drawn uniformly from low to high, both included."""
+
+    low: Annotated[int, Field(ge=3)]
+    high: Annotated[int, Field(ge=3)]
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.low > self.high:
+            raise ValueError(f"low {self.low} is above high {self.high}")
+        return self
+
+
+class _FormalLanguage(Spec):
+    """One supervised position a sequence. Published lengths: 3-40 in training, 40-256 in validation and test."""
+
+    version: Literal[1] = 1
+    train_length: Lengths = Lengths(low=3, high=40)
+    validation_length: Lengths | None = Field(default=None, description="As test_length unless given.")
+    test_length: Lengths = Lengths(low=40, high=256)
+    n_validation: Annotated[int, Field(ge=1)] = 8192
+    n_test: Annotated[int, Field(ge=1)] = 8192
+
+
+class Parity(_FormalLanguage):
+    """Is the number of ones odd? Tokens 1 and 2 are the bits; vocabulary 3, chance 1/2."""
+
+    kind: Literal["parity"] = "parity"
+
+
+class EvenPairs(_FormalLanguage):
+    """Is the number of 12 and 21 switches even, that is, are first and last equal? Vocabulary 3, chance 1/2."""
+
+    kind: Literal["even_pairs"] = "even_pairs"
+
+
+class CycleNavigation(_FormalLanguage):
+    """Where on a cycle do steps of 0, +1, -1 end? Tokens 1, 2, 3; vocabulary 4 + n_positions, chance 1/n_positions."""
+
+    kind: Literal["cycle_navigation"] = "cycle_navigation"
+    n_positions: Annotated[int, Field(ge=2, le=64)] = 5
+
+
+class ModularArithmetic(_FormalLanguage):
+    """The value modulo 5 of an expression in + - * and digits 0 to 4; chance 1/5.
+
+    Without brackets: vocabulary 10, odd lengths, `*` binds tighter. With brackets: vocabulary 12, fully bracketed
+    expressions with unary minus.
+    """
+
+    kind: Literal["modular_arithmetic"] = "modular_arithmetic"
+    brackets: bool = False
+
+
+class Mqar(Spec):
+    """Multi-query associative recall (Arora et al. 2023, arXiv:2312.04927).
+
+    `n_pairs` keys and values first, then queries at power-law gaps (exponent a = 0.01), filler between. Keys are drawn
+    from the lower half of the vocabulary, values from the upper half, without replacement; scored at every query.
+    """
+
+    kind: Literal["mqar"] = "mqar"
+    version: Literal[1] = 1
+    vocab_size: Annotated[int, Field(ge=16)] = 8192
+    length: Annotated[int, Field(ge=8)] = 64
+    n_pairs: Annotated[int, Field(ge=1)] = 4
+    test_length: Annotated[int, Field(ge=8)] | None = Field(default=None, description="As `length` unless given.")
+    test_pairs: Annotated[int, Field(ge=1)] | None = Field(default=None, description="As `n_pairs` unless given.")
+    n_validation: Annotated[int, Field(ge=1)] = 1000
+    n_test: Annotated[int, Field(ge=1)] = 1000
+
+
+class LanguageModelling(Spec):
+    """Next-byte prediction. Vocabulary 257: the bytes and a beginning-of-document mark.
+
+    `corpus: stdlib` is the Python standard library of the running interpreter, tests excluded; otherwise a path to a
+    .txt, .jsonl or .parquet file, or a folder of them. `data_sha256` is filled in before a trial is made.
+    """
+
+    kind: Literal["language_modelling"] = "language_modelling"
+    version: Literal[1] = 1
+    corpus: str = "stdlib"
+    column: str = "text"
+    context: Annotated[int, Field(ge=2, description="Tokens a training sequence.")] = 256
+    n_validation_bytes: Annotated[int, Field(ge=1)] = 65536
+    n_test_bytes: Annotated[int, Field(ge=1)] = 65536
+    data_sha256: str | None = None
+
+
+class Nothing(Spec):
+    """No training: a trial that returns at once. What the overhead benchmark runs."""
+
+    kind: Literal["nothing"] = "nothing"
+
+
+Task = Annotated[
+    Parity | EvenPairs | CycleNavigation | ModularArithmetic | Mqar | LanguageModelling | Nothing,
+    Field(discriminator="kind"),
+]
+
+
+def vocab_size(task: Task) -> int:
+    """Distinct tokens of `task`, the padding token 0 included."""
+    match task:
+        case Parity() | EvenPairs():
+            return 3
+        case CycleNavigation():
+            return 4 + task.n_positions
+        case ModularArithmetic():
+            return 12 if task.brackets else 10
+        case Mqar():
+            return task.vocab_size
+        case LanguageModelling():
+            return 257
+        case Nothing():
+            return 2
+
+
+def context_length(task: Task) -> int:
+    """The longest sequence, in tokens, that a model of this task reads: what cost at a context is computed at."""
+    match task:
+        case Parity() | EvenPairs() | CycleNavigation() | ModularArithmetic():
+            validation = task.validation_length or task.test_length
+            return max(task.train_length.high, validation.high, task.test_length.high)
+        case Mqar():
+            return max(task.length, task.test_length or 0)
+        case LanguageModelling():
+            return task.context
+        case Nothing():
+            return 1
