@@ -11,7 +11,8 @@ HqltError
 ├── BackendError          a forced kernel backend cannot run here
 ├── CheckpointError       a checkpoint is damaged or belongs to something else
 ├── ResourceError         a device was asked for that is not there
-└── TrialFailedError      a trial ended without a result
+├── TrialFailedError      a trial ended without a result
+└── TrialPausedError      a trial was asked to stop and wrote a checkpoint
 
 Exceptions cross process borders (Ray pickles them), so each one hands all of its fields to ``super().__init__`` and
 builds its text in ``__str__``.
@@ -123,3 +124,17 @@ class TrialFailedError(HqltError):
 
     def __str__(self) -> str:
         return self.message
+
+
+class TrialPausedError(HqltError):
+    """A trial that was asked to stop and wrote a checkpoint: run again on the same folder, it continues from there."""
+
+    exit_code = 1
+
+    def __init__(self, seed: int, step: int) -> None:
+        super().__init__(seed, step)
+        self.seed = seed
+        self.step = step
+
+    def __str__(self) -> str:
+        return f"paused at step {self.step} of seed {self.seed}; run it again on the same folder to continue"
