@@ -64,6 +64,16 @@ class ModularArithmetic(_FormalLanguage):
     kind: Literal["modular_arithmetic"] = "modular_arithmetic"
     brackets: bool = False
 
+    @model_validator(mode="after")
+    def _has_sequences(self) -> Self:
+        for lengths in (self.train_length, self.validation_length or self.test_length, self.test_length):
+            if not self.brackets and lengths.low == lengths.high and lengths.low % 2 == 0:
+                raise ValueError(
+                    f"without brackets lengths are odd (digits, operators between, = and the answer); "
+                    f"got {lengths.low} to {lengths.high}"
+                )
+        return self
+
 
 class Mqar(Spec):
     """Multi-query associative recall (Arora et al. 2023, arXiv:2312.04927).
@@ -81,6 +91,17 @@ class Mqar(Spec):
     test_pairs: Annotated[int, Field(ge=1)] | None = Field(default=None, description="As `n_pairs` unless given.")
     n_validation: Annotated[int, Field(ge=1)] = 1000
     n_test: Annotated[int, Field(ge=1)] = 1000
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        n_keys = self.vocab_size // 2 - 1  # token 0 is no key
+        shapes = ((self.length, self.n_pairs), (self.test_length or self.length, self.test_pairs or self.n_pairs))
+        for length, n_pairs in dict.fromkeys(shapes):
+            if length < 4 * n_pairs:
+                raise ValueError(f"{n_pairs} pairs and their queries need length {4 * n_pairs} or more; got {length}")
+            if n_pairs > n_keys:
+                raise ValueError(f"a vocabulary of {self.vocab_size} has {n_keys} keys; got {n_pairs} pairs")
+        return self
 
 
 class LanguageModelling(Spec):

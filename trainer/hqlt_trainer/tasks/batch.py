@@ -54,7 +54,7 @@ class TaskData(Protocol):
 
     @property
     def counts_bytes(self) -> bool:
-        """Whether the task is judged by bits per byte: the loss is a code length, and the targets 0 to 255 are bytes."""
+        """Whether bits per byte are the measure: the loss is a code length, and targets 0 to 255 are bytes."""
 
     @property
     def reference_metrics(self) -> Mapping[str, float]:

@@ -13,7 +13,6 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 from hqlt_search_space import tasks
-from hqlt_search_space.errors import DataError
 from hqlt_search_space.tasks import CycleNavigation, EvenPairs, Lengths, ModularArithmetic, Parity
 
 from hqlt_trainer.tasks.batch import (
@@ -42,12 +41,6 @@ class FormalLanguageData:
     reference_metrics: Mapping[str, float] = {}
 
     def __init__(self, task: FormalLanguage) -> None:
-        for lengths in (task.train_length, *(_evaluation_lengths(task, split) for split in ("validation", "test"))):
-            if _odd_only(task) and lengths.low == lengths.high and lengths.low % 2 == 0:
-                raise DataError(
-                    f"modular arithmetic without brackets has odd lengths only (3 + 4 = and the answer: 5); "
-                    f"got {lengths.low} to {lengths.high}"
-                )
         self._task = task
         self.vocab_size = tasks.vocab_size(task)
         self.chance = _chance(task)

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 
 import numpy as np
-from hqlt_search_space.errors import DataError
 from hqlt_search_space.tasks import Mqar
 
 from hqlt_trainer.tasks.batch import (
@@ -33,16 +32,6 @@ class MqarData:
     reference_metrics: Mapping[str, float] = {}
 
     def __init__(self, task: Mqar) -> None:
-        for length, n_pairs in (_shape(task, "train"), _shape(task, "test")):
-            if 4 * n_pairs > length:
-                raise DataError(
-                    f"{n_pairs} pairs and their queries need a length of at least {4 * n_pairs} "
-                    f"(two tokens each for pair and query); got {length}"
-                )
-            if n_pairs >= task.vocab_size // 2:
-                raise DataError(
-                    f"a vocabulary of {task.vocab_size} has {task.vocab_size // 2 - 1} keys; got n_pairs {n_pairs}"
-                )
         self._task = task
         self.vocab_size = task.vocab_size
         self.chance = 1 / (task.vocab_size - task.vocab_size // 2)
