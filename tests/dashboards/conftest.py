@@ -1,0 +1,86 @@
+"""Studies as values, built by hand: what the dashboards draw from."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import pytest
+from hqlt_search_space.arch import Arch
+from hqlt_search_space.mixers import Hybrid, Mixer
+from hqlt_search_space.recipe import Recipe
+from hqlt_search_space.tasks import Parity
+from hqlt_search_space.trial import Config, CurvePoint, Objective, ReplicaResult, StudyResults, TrialRecord
+
+OBJECTIVES = (
+    Objective(name="normalised_validation_accuracy", direction="maximize"),
+    Objective(name="state_bytes", direction="minimize"),
+)
+
+HYBRID = Hybrid(n_heads=2, window=8)
+
+
+def replica(seed: int, accuracy: float | None, **metrics: float) -> ReplicaResult:
+    """One seed's result; an accuracy of None is a seed that diverged."""
+    if accuracy is None:
+        return ReplicaResult(seed=seed, status="failed", reason="diverged", message="loss is not finite", step=40)
+    return ReplicaResult(
+        seed=seed,
+        status="complete",
+        step=200,
+        metrics={"normalised_validation_accuracy": accuracy, **metrics},
+        curve=tuple(
+            CurvePoint(
+                step=50 * i, metrics={"normalised_validation_accuracy": accuracy * i / 4, "train_loss_nats": 1 / i}
+            )
+            for i in range(1, 5)
+        ),
+        train_seconds=2.0,
+    )
+
+
+def record(
+    number: int,
+    accuracy: float | None = 0.5,
+    state_bytes: float = 1024.0,
+    *,
+    layers: Sequence[Mixer] = (HYBRID, HYBRID),
+    replication: Mapping[int, float | None] | None = None,
+    **changes: object,
+) -> TrialRecord:
+    """A trial of seed 0; every number has a config of its own, by its learning rate."""
+    values: dict[str, object] = {
+        "number": number,
+        "phase": "search",
+        "state": "complete" if accuracy is not None else "failed",
+        "config": Config(
+            arch=Arch(d_model=16, mlp_inner=32, layers=tuple(layers)),
+            recipe=Recipe(learning_rate=1e-3 * (number + 1)),
+            task=Parity(),
+        ),
+        "choices": {"first": "hybrid", "learning_rate": 1e-3 * (number + 1)},
+        "costs": {"state_bytes": state_bytes, "parameters": 10_000.0},
+        "objectives": {}
+        if accuracy is None
+        else {"normalised_validation_accuracy": accuracy, "state_bytes": state_bytes},
+        "replicas": (replica(0, accuracy),),
+        "replication": tuple(replica(seed, value) for seed, value in (replication or {}).items()),
+    }
+    return TrialRecord.model_validate(values | changes)
+
+
+def study(*records: TrialRecord, **changes: object) -> StudyResults:
+    values: dict[str, object] = {"name": "parity-blends", "objectives": OBJECTIVES, "trials": records, "budget": 12}
+    return StudyResults.model_validate(values | changes)
+
+
+@pytest.fixture(scope="session")
+def make_replica() -> Callable[..., ReplicaResult]:
+    return replica
+
+
+@pytest.fixture(scope="session")
+def make_record() -> Callable[..., TrialRecord]:
+    return record
+
+
+@pytest.fixture(scope="session")
+def make_study() -> Callable[..., StudyResults]:
+    return study
