@@ -1,0 +1,71 @@
+"""What a blend returns and what it carries from one call to the next."""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+Timing = Literal["synchronous", "delayed_streaming", "delayed_chunk"]
+TIMINGS: tuple[Timing, ...] = get_args(Timing)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Keys and values of L consecutive tokens as they came in, without rotation or feature map."""
+
+    k: Tensor
+    """[B, L, H, K], or [B, L, n, H, K] with n writes a token."""
+    v: Tensor
+    """[B, L, H, V] or [B, L, n, H, V]."""
+    beta: Tensor | None = None
+    """[B, L, H] or [B, L, n, H]; None if the rule has none, or if it does not travel with its token."""
+    log_decay: Tensor | None = None
+    """[B, L, H], or None likewise."""
+
+    def __len__(self) -> int:
+        return self.k.shape[1]
+
+    def __getitem__(self, span: slice) -> "Tokens":
+        return Tokens(*(None if x is None else x[:, span] for x in self._fields()))
+
+    def after(self, earlier: "Tokens | None") -> "Tokens":
+        """`earlier` and these, in the order of time. Strengths that `earlier` does not have are dropped."""
+        if earlier is None:
+            return self
+        pairs = zip(earlier._fields(), self._fields(), strict=True)
+        return Tokens(*(None if a is None or b is None else torch.cat([a, b], 1) for a, b in pairs))
+
+    def last_writes(self) -> "Tokens":
+        """What KV-memory sees: the key and value of each token's last write, without strengths."""
+        if self.k.dim() == 4:
+            return Tokens(self.k, self.v)
+        return Tokens(self.k[:, :, -1], self.v[:, :, -1])
+
+    def _fields(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        return self.k, self.v, self.beta, self.log_decay
+
+
+@dataclass(frozen=True)
+class BlendState:
+    """Everything a decoder keeps between tokens: the fast weights and the recent tokens.
+
+    synchronous        the last writes of the last `window` tokens (of all, if the window is None): the KV cache
+    delayed_streaming  the last `window` tokens; the oldest is the next that FW-memory takes
+    delayed_chunk      the tokens since the start of FW-memory's chunk, which takes them all when it is full
+    """
+
+    fw: Tensor
+    """[B, H, K, V], or [B, H, K, V + 1] with normaliser "time"."""
+    recent: Tokens
+    position: int
+    """Tokens seen so far."""
+
+
+class BlendOutput(NamedTuple):
+    """The answers [B, T, H, V] of both memories; `mixed` is None without a gate, `state` unless it was asked for."""
+
+    kv: Tensor
+    fw: Tensor
+    mixed: Tensor | None
+    state: BlendState | None

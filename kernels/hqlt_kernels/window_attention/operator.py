@@ -1,0 +1,74 @@
+"""The public function: arguments are checked, positions are rotated in, a backend is chosen."""
+
+from torch import Tensor
+
+from hqlt_kernels.backends import Forced, choose_backend
+from hqlt_kernels.rotary import rotate
+from hqlt_kernels.window_attention import definition
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None,
+    rope_base: float | None = None,
+    chunk_aligned: bool = False,
+    position: int = 0,
+    scale: float | None = None,
+    backend: Forced = "auto",
+) -> Tensor:
+    """Causal softmax attention over the last `window` keys, the current one included; None is all keys.
+
+        o_t = sum_j softmax_j(scale q_t . k_j) v_j      t - window < j <= t; scale is K^-0.5 unless given
+
+    With `chunk_aligned`, j runs from the start of t's chunk of `window` tokens instead, so a query sees 1 to `window`
+    keys. `rope_base` turns q and k by their positions first (`hqlt_kernels.rotary`).
+
+    q [B, T, H, K]; k [B, L, H, K] and v [B, L, H, V] with L >= T. The queries belong to the last T keys: L > T is
+    decoding with a KV cache in front. `position` is the absolute position of the first key. Returns [B, T, H, V] in
+    the dtype of v, computed in float32, or float64 if an input is. Works under `torch.func.vmap`.
+
+    Raises:
+        ValueError: shapes that do not fit together, a window below 1, chunks without a window.
+        BackendUnavailableError: a forced backend cannot run here.
+    """
+    _check(q, k, v, window, chunk_aligned)
+    n_queries, n_keys = q.shape[1], k.shape[1]
+    if window is not None and n_keys > n_queries + window - 1:  # older keys are in nobody's window
+        stale = n_keys - (n_queries + window - 1)
+        k, v, position = k[:, stale:], v[:, stale:], position + stale
+    if rope_base is not None:
+        q = rotate(q, rope_base, position + k.shape[1] - n_queries)
+        k = rotate(k, rope_base, position)
+    chosen = choose_backend(
+        "window_attention", device=q.device, dtype=q.dtype, head_dim=q.shape[-1], forced=backend
+    ).backend
+    match chosen:
+        case "definition" | "chunked":
+            attend = definition.window_attention
+        case "triton":
+            raise AssertionError("choose_backend announces no Triton kernel")
+    return attend(
+        q,
+        k,
+        v,
+        window=window,
+        chunk_aligned=chunk_aligned,
+        position=position,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+    )
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, chunk_aligned: bool) -> None:
+    batch, n_queries, n_heads, width = q.shape
+    n_keys = k.shape[1]
+    if tuple(k.shape) != (batch, n_keys, n_heads, width) or tuple(v.shape[:-1]) != (batch, n_keys, n_heads):
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together")
+    if not 1 <= n_queries <= n_keys:
+        raise ValueError(f"{n_queries} queries for {n_keys} keys; there is at least one query, and a key for each")
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}; a query sees at least its own key")
+    if window is None and chunk_aligned:
+        raise ValueError("chunk_aligned needs a window: the length of a chunk")
