@@ -240,7 +240,9 @@ def _parquet_documents(file: Path, name: str, column: str) -> Iterator[tuple[str
                 raise DataError(f"{str(file)!r} has no column {column!r}; it has {_some_of(schema.names)}")
             field = schema.field(column)
             # An extension type is decoded by whatever code the process has registered for it; text needs none.
-            extension = isinstance(field.type, pa.ExtensionType) or b"ARROW:extension:name" in (field.metadata or {})
+            extension = isinstance(field.type, pa.BaseExtensionType) or b"ARROW:extension:name" in (
+                field.metadata or {}
+            )
             if extension or not (pa.types.is_string(field.type) or pa.types.is_large_string(field.type)):
                 kind = f"extension type {field.type}" if extension else str(field.type)
                 raise DataError(f"{str(file)!r}: column {column!r} is not text but {kind}")
