@@ -24,8 +24,8 @@ Reading: query i reads the writes j <= i (READ = 0), or those of earlier blocks 
 blocks (READ < BT), or a block is cut into PARTS tiles, all of which read the state at the block's start. STRIDE is the
 distance in tokens between tiles (PARTS = 1) or between blocks. SHIFT reads keys and values that many tokens earlier.
 
-Dots take operands from shared memory where a transposed accumulator would otherwise be an operand: ptxas up to 13.0
-can overwrite register operands that the tensor core still reads (triton-lang/triton pull requests 11781 and 11854).
+No transposed accumulator is an operand of a dot: what is needed transposed is computed transposed. Such operands are
+miscompiled on Hopper by Triton 3.4 to 3.7.0 (flash-linear-attention issue 640).
 """
 
 import triton
@@ -85,8 +85,10 @@ def _features(x, FEATURE: tl.constexpr):
 def _readable(i, j, READ: tl.constexpr):
     """Whether query i reads write j of its own tile."""
     if READ == 0:
-        return i >= j
-    return (i // READ) > (j // READ)
+        seen = i >= j
+    else:
+        seen = (i // READ) > (j // READ)
+    return seen
 
 
 @triton.jit
@@ -150,7 +152,7 @@ def prepare_kernel(
     """Features of q (times scale) and k, the matrix T, and the log2 of gamma for keys and for queries.
 
     q, k, q_out, k_out [B, T, H, K]; beta, log_decay [B, T, H]; transfer [B * H, NT, BT, BT];
-    gates [2, B * H, NT, BT] float32 (keys, queries). Grid (NT, B * H). k_out is by the time of writing (SHIFT applied).
+    gates [B * H, NT, 2, BT] float32 (keys, queries). Grid (NT, B * H). k_out is by the time of writing (SHIFT applied).
     """
     c = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
@@ -172,7 +174,7 @@ def prepare_kernel(
     if DECAY:
         g = tl.load(log_decay + row + i * H, mask=ok, other=0.0).to(tl.float32) * LOG2E
         gk = tl.cumsum(g, 0)
-        gate = gates + (bh * NT + c) * BT + i
+        gate = gates + (bh * NT + c) * (2 * BT) + i
         tl.store(gate, gk)
         if READ == 0:
             gq = gk
@@ -180,7 +182,7 @@ def prepare_kernel(
             gq = tl.zeros((BT,), tl.float32)
         else:
             gq = tl.sum(tl.where((i[None, :] // READ) < (i[:, None] // READ), g[None, :], 0.0), 1)
-        tl.store(gate + tl.num_programs(1).to(tl.int64) * NT * BT, gq)
+        tl.store(gate + BT, gq)
     if DELTA:
         b = tl.load(beta + row + i * H, mask=ok, other=0.0).to(tl.float32)
         b = tl.where(tl.abs(b) < TINY, TINY, b)
@@ -253,8 +255,8 @@ def scan_kernel(
         ok_v = ok & (first + i >= SHIFT)
         vb = tl.load(v + (row - SHIFT * H) * V + i[:, None] * (H * V) + e[None, :], mask=ok_v[:, None], other=0.0)
         if DECAY:
-            gk = tl.load(gates + (bh * NT + c) * BT + i)
-            last = tl.load(gates + (bh * NT + c) * BT + BT - 1)
+            gk = tl.load(gates + (bh * NT + c) * (2 * BT) + i)
+            last = tl.load(gates + (bh * NT + c) * (2 * BT) + BT - 1)
         if DELTA:
             tb = tl.load(transfer + (bh * NT + c) * (BT * BT) + i[:, None] * BT + i[None, :])
             R = tl.dot(kb, Sb, input_precision=PREC)
@@ -271,7 +273,7 @@ def scan_kernel(
             qb = tl.load(q + row * K + i[:, None] * (H * K) + d[None, :], mask=ok[:, None], other=0.0)
             acc = tl.dot(qb, read, input_precision=PREC)
             if DECAY:
-                gq = tl.load(gates + (tl.num_programs(1).to(tl.int64) * NT + bh * NT + c) * BT + i)
+                gq = tl.load(gates + ((bh * NT + c) * 2 + 1) * BT + i)
                 acc *= tl.exp2(gq)[:, None]
             if LOCAL:
                 P = tl.dot(qb, tl.trans(kb), input_precision=PREC)
@@ -317,7 +319,7 @@ def reverse_scan_kernel(
     FINAL: tl.constexpr,
     PREC: tl.constexpr,
 ):
-    """dv, by the time of writing (SHIFT not applied), and the gradient of the state after each tile.
+    """dv, and the gradients of the states after each tile and of the initial state.
 
     dv, do [B, T, H, V]; dstates [B * H, NT, K, V]; dfinal, dinitial [B * H, K, V] float32. Grid (V / BV, B * H).
     """
@@ -344,9 +346,9 @@ def reverse_scan_kernel(
         dob = tl.load(do + row * V + i[:, None] * (H * V) + e[None, :], mask=ok[:, None], other=0.0)
         dU = tl.dot(kb, dSb, input_precision=PREC)
         if DECAY:
-            gk = tl.load(gates + (bh * NT + c) * BT + i)
-            gq = tl.load(gates + (tl.num_programs(1).to(tl.int64) * NT + bh * NT + c) * BT + i)
-            last = tl.load(gates + (bh * NT + c) * BT + BT - 1)
+            gk = tl.load(gates + (bh * NT + c) * (2 * BT) + i)
+            gq = tl.load(gates + ((bh * NT + c) * 2 + 1) * BT + i)
+            last = tl.load(gates + (bh * NT + c) * (2 * BT) + BT - 1)
             dU *= tl.exp2(last - gk)[:, None]
             dS *= tl.exp2(last)
         if LOCAL:
@@ -361,7 +363,9 @@ def reverse_scan_kernel(
             dR = tl.dot(tl.trans(tb), dU.to(kb.dtype), input_precision=PREC)
         else:
             dR = dU
-        tl.store(dv + row * V + i[:, None] * (H * V) + e[None, :], dR.to(dv.dtype.element_ty), mask=ok[:, None])
+        ok_v = ok & (first + i >= SHIFT)
+        dv_at = dv + (row - SHIFT * H) * V + i[:, None] * (H * V) + e[None, :]
+        tl.store(dv_at, dR.to(dv.dtype.element_ty), mask=ok_v[:, None])
         if DECAY:
             dob = (dob.to(tl.float32) * tl.exp2(gq)[:, None]).to(kb.dtype)
         if PARTS == 1:
@@ -380,58 +384,242 @@ def reverse_scan_kernel(
 
 
 @triton.jit
-def _state_gradients(
+def _slice_gradients(
+    q,
+    k,
     do,
-    dR,
     U,
+    dR,
     P,
     PT,
     M,
-    q,
-    k,
+    state,
+    read,
+    dstate,
     row_q,
     row_k,
-    ok,
+    ok_q,
     ok_k,
-    rq,
-    rk,
-    states_at,
-    reads_at,
-    dstates_at,
+    norm_q,
+    norm_k,
     gk,
     gq,
     last,
     scale,
-    k0,
+    k0: tl.constexpr,
     H: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
+    PARTS: tl.constexpr,
     FEATURE: tl.constexpr,
     DELTA: tl.constexpr,
     DECAY: tl.constexpr,
     LOCAL: tl.constexpr,
     PREC: tl.constexpr,
 ):
-    """Gradients of features k0 to k0 + BK of q and k, transposed [BK, BT], and <gamma_last S, dS> of this slice.
-
-    Transposed, so that P, M (from accumulators) are right operands, which lie in shared memory.
-    """
+    """Of the columns k0 to k0 + BK: dq, dk [BT, BK], their inner products with q and k by row, and <S', dS>."""
     i = tl.arange(0, BT)
     d = k0 + tl.arange(0, BK)
     e = tl.arange(0, V)
-    slice_at = d[:, None] * V + e[None, :]
-    S = tl.load(reads_at + slice_at)
-    dq = tl.dot(S, tl.trans(do), input_precision=PREC)
+    at = d[:, None] * V + e[None, :]
+    rows = i[:, None] * (H * K) + d[None, :]
+    S = tl.load(read + at)
+    dq = tl.dot(do, tl.trans(S), input_precision=PREC)
     if DECAY:
-        dq *= tl.exp2(gq)[None, :]
+        dq *= tl.exp2(gq)[:, None]
+    dS = tl.load(dstate + at)
+    dk = tl.dot(U, tl.trans(dS), input_precision=PREC)
+    yk = _activate(tl.load(k + row_k * K + rows, mask=ok_k[:, None], other=0.0).to(tl.float32), FEATURE)
+    yk = tl.where(ok_k[:, None], yk * norm_k[:, None], 0.0)
+    dlast = 0.0
+    if PARTS > 1:
+        S = tl.load(state + at)
+    if DECAY:
+        dk *= tl.exp2(last - gk)[:, None]
+        dlast = tl.sum(tl.sum(yk * dk, 1), 0)
+        dlast += tl.exp2(last) * tl.sum(tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1), 0)
+    yq = _activate(tl.load(q + row_q * K + rows, mask=ok_q[:, None], other=0.0).to(tl.float32), FEATURE)
+    yq *= norm_q[:, None]
     if DELTA:
-        if reads_at != states_at:
-            S = tl.load(states_at + slice_at)
-        dk_read = tl.dot(S, tl.trans(dR), input_precision=PREC)
+        dk_read = tl.dot(dR, tl.trans(S), input_precision=PREC)
         if DECAY:
-            dk_read *= tl.exp2(gk)[None, :]
-    dS = tl.load(dstates_at + slice_at)
-    dk = tl.dot(dS, tl.trans(U), input_precision=PREC)
-    return dq, dk
+            dk_read *= tl.exp2(gk)[:, None]
+        dk -= dk_read
+    kb = yk.to(do.dtype)
+    if LOCAL:
+        dq = tl.dot(P, kb, dq, input_precision=PREC)
+        dk = tl.dot(PT, (yq * scale).to(do.dtype), dk, input_precision=PREC)
+    if DELTA:
+        dk = tl.dot(M, kb, dk, input_precision=PREC)
+    dq *= scale
+    return dq, dk, tl.sum(yq * dq, 1), tl.sum(yk * dk, 1), dlast
+
+
+@triton.jit
+def _store_input_gradient(
+    x,
+    dx,
+    dy,
+    row,
+    ok,
+    norm,
+    inner,
+    k0: tl.constexpr,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    FEATURE: tl.constexpr,
+):
+    """dx of columns k0 to k0 + BK from the gradient dy of the features; inner = <y, dy> by row."""
+    i = tl.arange(0, BT)
+    d = k0 + tl.arange(0, BK)
+    at = row * K + i[:, None] * (H * K) + d[None, :]
+    if FEATURE != IDENTITY:
+        x = tl.load(x + at, mask=ok[:, None], other=0.0).to(tl.float32)
+        if FEATURE == SILU_L2 or FEATURE == RELU_L2:
+            y = _activate(x, FEATURE) * norm[:, None]
+            dy = (dy - y * inner[:, None]) * norm[:, None]
+        dy = _activate_backward(x, dy, FEATURE)
+    tl.store(dx + at, dy.to(dx.dtype.element_ty), mask=ok[:, None])
+
+
+@triton.jit
+def _norms(x, row, ok, H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, FEATURE: tl.constexpr):
+    """1 / l2 norm by row, or 1 where the feature map has none."""
+    norm = tl.full((BT,), 1.0, tl.float32)
+    if FEATURE == SILU_L2 or FEATURE == RELU_L2:
+        i = tl.arange(0, BT)
+        d = tl.arange(0, K)
+        y = tl.load(x + row * K + i[:, None] * (H * K) + d[None, :], mask=ok[:, None], other=0.0).to(tl.float32)
+        y = _activate(y, FEATURE)
+        norm = tl.rsqrt(tl.sum(y * y, 1) + L2_EPSILON)
+    return norm
+
+
+@triton.jit
+def gradient_kernel(
+    q,
+    k,
+    beta,
+    gates,
+    do,
+    dv,
+    writes,
+    states,
+    dstates,
+    dq,
+    dk,
+    dbeta,
+    dlog_decay,
+    T,
+    NT,
+    scale,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PARTS: tl.constexpr,
+    READ: tl.constexpr,
+    SHIFT: tl.constexpr,
+    FEATURE: tl.constexpr,
+    DELTA: tl.constexpr,
+    DECAY: tl.constexpr,
+    TINY: tl.constexpr,
+    PREC: tl.constexpr,
+):
+    """dq, dk before the feature map, dbeta and dlog_decay. q, k are the inputs, not the features. Grid (NT, B * H).
+
+    writes is U, or v itself for the additive rules. A program takes K in slices of BK columns (at most two), to keep
+    the accumulators in registers; the l2 norm's backward needs the inner products of whole rows.
+    """
+    c = tl.program_id(0)
+    bh = tl.program_id(1).to(tl.int64)
+    first, count = _tile(c, T, BT, PARTS, STRIDE)
+    i = tl.arange(0, BT)
+    e = tl.arange(0, V)
+    ok = i < count
+    ok_k = ok & (first + i >= SHIFT)
+    row = (bh // H) * T * H + bh % H + first * H
+    row_k = row - SHIFT * H
+    LOCAL: tl.constexpr = READ == 0 or (PARTS == 1 and STRIDE > READ)
+    rows = i[:, None] * (H * V) + e[None, :]
+    dob = tl.load(do + row * V + rows, mask=ok[:, None], other=0.0)
+    if DELTA:
+        U = tl.load(writes + row * V + rows, mask=ok[:, None], other=0.0)
+        dR = tl.load(dv + row_k * V + rows, mask=ok_k[:, None], other=0.0)
+    else:
+        U = tl.load(writes + row_k * V + rows, mask=ok_k[:, None], other=0.0)
+        dR = U
+    gk = tl.zeros((BT,), tl.float32)
+    gq = tl.zeros((BT,), tl.float32)
+    last = 0.0
+    if DECAY:
+        gk = tl.load(gates + (bh * NT + c) * (2 * BT) + i)
+        gq = tl.load(gates + ((bh * NT + c) * 2 + 1) * BT + i)
+        last = tl.load(gates + (bh * NT + c) * (2 * BT) + BT - 1)
+    P = U
+    PT = U
+    M = U
+    if LOCAL:
+        dP = tl.dot(dob, tl.trans(U), input_precision=PREC)
+        dPT = tl.dot(U, tl.trans(dob), input_precision=PREC)
+        seen = _readable(i[:, None], i[None, :], READ)
+        seenT = _readable(i[None, :], i[:, None], READ)
+        if DECAY:
+            dP *= tl.exp2(tl.where(seen, gq[:, None] - gk[None, :], 0.0))
+            dPT *= tl.exp2(tl.where(seenT, gq[None, :] - gk[:, None], 0.0))
+        P = tl.where(seen, dP, 0.0).to(dob.dtype)
+        PT = tl.where(seenT, dPT, 0.0).to(dob.dtype)
+    db = tl.zeros((BT,), tl.float32)
+    b = tl.full((BT,), 1.0, tl.float32)
+    if DELTA:
+        lower = i[:, None] > i[None, :]
+        dM = tl.dot(dR, tl.trans(U), input_precision=PREC)
+        dMT = tl.dot(U, tl.trans(dR), input_precision=PREC)
+        dM = tl.where(i[:, None] == i[None, :], 0.0, tl.where(lower, dM, dMT))
+        if DECAY:
+            ahead = gk[:, None] - gk[None, :]
+            dM *= tl.exp2(tl.where(lower, ahead, -ahead))
+        M = (-dM).to(dob.dtype)
+        b = tl.load(beta + row + i * H, mask=ok, other=1.0).to(tl.float32)
+        b = tl.where(tl.abs(b) < TINY, TINY, b)
+        db = tl.sum((dR.to(tl.float32) / b[:, None]) * (U.to(tl.float32) / b[:, None]), 1)
+        tl.store(dbeta + row + i * H, db.to(dbeta.dtype.element_ty), mask=ok)
+    norm_q = _norms(q, row, ok, H, K, BT, FEATURE)
+    norm_k = _norms(k, row_k, ok_k, H, K, BT, FEATURE)
+    state = states + (bh * NT + c) * (K * V)
+    read = states + (bh * NT + (c // PARTS) * PARTS) * (K * V)
+    dstate = dstates + (bh * NT + c) * (K * V)
+    dq0, dk0, inner_q, inner_k, dlast = _slice_gradients(
+        q, k, dob, U, dR, P, PT, M, state, read, dstate, row, row_k, ok, ok_k, norm_q, norm_k, gk, gq, last, scale,
+        0, H, K, V, BT, BK, PARTS, FEATURE, DELTA, DECAY, LOCAL, PREC,
+    )  # fmt: skip
+    if K > BK:
+        dq1, dk1, inner_q1, inner_k1, dlast1 = _slice_gradients(
+            q, k, dob, U, dR, P, PT, M, state, read, dstate, row, row_k, ok, ok_k, norm_q, norm_k, gk, gq, last, scale,
+            BK, H, K, V, BT, BK, PARTS, FEATURE, DELTA, DECAY, LOCAL, PREC,
+        )  # fmt: skip
+        inner_q += inner_q1
+        inner_k += inner_k1
+        dlast += dlast1
+    _store_input_gradient(q, dq, dq0, row, ok, norm_q, inner_q, 0, H, K, BT, BK, FEATURE)
+    _store_input_gradient(k, dk, dk0, row_k, ok_k, norm_k, inner_k, 0, H, K, BT, BK, FEATURE)
+    if K > BK:
+        _store_input_gradient(q, dq, dq1, row, ok, norm_q, inner_q, BK, H, K, BT, BK, FEATURE)
+        _store_input_gradient(k, dk, dk1, row_k, ok_k, norm_k, inner_k, BK, H, K, BT, BK, FEATURE)
+    if DECAY:
+        if DELTA:
+            dgk = inner_k - 2 * b * db
+        else:
+            dgk = -inner_k
+        dg = tl.sum(tl.where(i[:, None] >= i[None, :], dgk[:, None], 0.0), 0) + dlast
+        if READ == 0:
+            dg += tl.sum(tl.where(i[:, None] >= i[None, :], inner_q[:, None], 0.0), 0)
+        elif LOCAL:
+            dg += tl.sum(tl.where((i[None, :] // READ) < (i[:, None] // READ), inner_q[:, None], 0.0), 0)
+        tl.store(dlog_decay + row + i * H, dg.to(dlog_decay.dtype.element_ty), mask=ok)
