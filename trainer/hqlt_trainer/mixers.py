@@ -1,0 +1,384 @@
+"""The mixers as modules: KV-memory, FW-memory, and both in one layer.
+
+Each layer reads [B, T, d] and has one matrix for all of its projections: one product instead of up to seven is what
+keeps a small model's step short. With H heads of width D = d / H and n = `n_householder` (else 1), the rows of
+`in_proj` are
+
+    q  d     k  n d     v  n d     beta  n H     decay  H     mixing  2 H, d or 2 d     gate  d
+
+as far as the mixer has them (`hqlt_search_space.mixers` says when), and the short convolution runs over the channels
+of q, k and v. A layer's tensors keep the order [B, T, H, D].
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Literal, assert_never
+
+import torch
+from hqlt_kernels.backends import Forced
+from hqlt_kernels.blend import BlendState, blend
+from hqlt_kernels.fast_weight import fast_weight
+from hqlt_kernels.rotary import rotate
+from hqlt_kernels.window_attention import window_attention
+from hqlt_search_space import rules
+from hqlt_search_space.mixers import Attention, DelayedChunk, DelayedStreaming, FastWeight, Hybrid, Mixer, Mixing
+from torch import Tensor, nn
+from torch.nn import functional
+
+NORM_EPSILON = 1e-5
+ROPE_BASE = 10_000.0
+
+Memory = Literal["kv", "fw"]
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + 1e-5) * weight over the last axis, in float32; returns the type of `x`."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.rms_norm(x.float(), self.weight.shape, self.weight, NORM_EPSILON).to(x.dtype)
+
+
+class ShortConvolution(nn.Module):
+    """A causal convolution along T, one filter of `taps` a channel: y_t = sum_i weight[:, i] x_{t - taps + 1 + i}."""
+
+    def __init__(self, channels: int, taps: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, taps))
+
+    def forward(self, x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """[B, T, channels] and the last taps - 1 inputs before it -> the same shape, and the last taps - 1 inputs now.
+
+        `before` None is the start of a sequence, and then there is no second value.
+        """
+        pad = self.weight.shape[1] - 1
+        if before is not None:
+            x = torch.cat([before, x], dim=1)
+        # As an image of height 1 in channels-last order, [B, T, C] needs no copy: 3x faster on a CPU than conv1d.
+        image = x.transpose(1, 2).unsqueeze(2)
+        filters = self.weight[:, None, None].contiguous(memory_format=torch.channels_last)
+        padding = 0 if before is not None else (0, pad)
+        y = functional.conv2d(image, filters, padding=padding, groups=x.shape[2]).squeeze(2).transpose(1, 2)
+        if before is None:
+            return y[:, : x.shape[1]], None
+        return y, x[:, -pad:]
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """What one layer keeps between tokens; the default is the start of a sequence."""
+
+    position: int = 0
+    conv: Tensor | None = None
+    """The last taps - 1 inputs of the short convolution, [B, taps - 1, channels]."""
+    kv: tuple[Tensor, Tensor] | None = None
+    """KV-memory of an attention layer: the last keys and values, not rotated, [B, at most window, H, D] each."""
+    fw: Tensor | None = None
+    """FW-memory of a fast-weight layer."""
+    blend: BlendState | None = None
+    """Both memories of a hybrid."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors in it."""
+        return _tensor_bytes(self)
+
+
+def _tensor_bytes(value: object) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if is_dataclass(value) and not isinstance(value, type):
+        return sum(_tensor_bytes(getattr(value, field.name)) for field in fields(value))
+    if isinstance(value, tuple | list):
+        return sum(_tensor_bytes(item) for item in value)
+    return 0
+
+
+@dataclass(frozen=True)
+class Projected:
+    """What a mixer makes of its input, split by purpose; a field the mixer has no use for is empty (width 0)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    beta: Tensor
+    decay: Tensor
+    mixing: Tensor
+    gate: Tensor
+
+
+class MixerLayer(nn.Module):
+    """What the three mixers share: projections, short convolution, output norm and gate, output projection."""
+
+    def __init__(self, spec: Mixer, d_model: int, backend: Forced) -> None:
+        super().__init__()
+        self.n_heads = spec.n_heads
+        self.head_dim = d_model // spec.n_heads
+        self.backend = backend
+        rule = self.rule = None if isinstance(spec, Attention) else spec.rule
+        mixing = spec.mixing if isinstance(spec, Hybrid) else None
+        self.n_writes = rule.n_householder if isinstance(rule, rules.DeltaProduct) else 1
+        self.multiple_writes = isinstance(rule, rules.DeltaProduct)
+        delta = isinstance(rule, rules.Delta | rules.GatedDelta | rules.DeltaProduct)
+        decays = isinstance(rule, rules.GatedDelta) or (
+            isinstance(rule, rules.Decay) and rule.decay == "data_dependent"
+        )
+        mixing_widths = {"dynamic_scalar": 2 * self.n_heads, "dynamic_vector": d_model, "separate_vector": 2 * d_model}
+        self.qkv_width = d_model * (1 + 2 * self.n_writes)
+        self.widths = (
+            d_model,
+            self.n_writes * d_model,
+            self.n_writes * d_model,
+            self.n_writes * self.n_heads if delta else 0,
+            self.n_heads if decays else 0,
+            mixing_widths.get(mixing or "", 0),
+            d_model if spec.output_gate else 0,
+        )
+        self.in_proj = nn.Linear(d_model, sum(self.widths), bias=False)
+        self.short_conv = ShortConvolution(self.qkv_width, spec.short_conv) if spec.short_conv else None
+        if decays:
+            self.A_log = nn.Parameter(torch.empty(self.n_heads))
+            self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
+        elif isinstance(rule, rules.Decay):
+            self.fixed_log_decay = nn.Buffer(torch.empty(self.n_heads), persistent=False)
+        self.output_gate = spec.output_gate
+        halves = 2 if mixing == "concat" else 1
+        self.output_norm = None if rule is None else RMSNorm(halves * self.head_dim)
+        self.o_proj = nn.Linear(halves * d_model, d_model, bias=False)
+
+    def initialise_scalars(self, generator: torch.Generator) -> None:
+        """Fills the parameters and buffers that are not the weight of a submodule; see `model.initialise`."""
+        if hasattr(self, "A_log"):
+            self.A_log.uniform_(0, 16, generator=generator).clamp_(min=1e-4).log_()
+            dt = self.dt_bias.uniform_(math.log(1e-3), math.log(1e-1), generator=generator).exp_()
+            self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
+        elif isinstance(self.rule, rules.Decay):
+            heads = torch.arange(self.n_heads, dtype=torch.float32)
+            self.fixed_log_decay.copy_(torch.log1p(-torch.exp2(-5 - heads)))
+
+    def forward(
+        self, x: Tensor, state: LayerState | None = None, at: Tensor | None = None
+    ) -> tuple[Tensor, LayerState | None]:
+        """[B, T, d] -> [B, T, d] and, if a state was given, the state after x.
+
+        `at` (int64 [N]) asks for these positions of the flattened B * T only: [N, d].
+        """
+        projected, conv = self._project(x, state)
+        o, after = self.read(projected, state)
+        if after is not None:
+            after = LayerState(after.position + x.shape[1], conv, after.kv, after.fw, after.blend)
+        gate = projected.gate
+        if at is not None:
+            o, gate = o.flatten(0, 1).index_select(0, at), gate.flatten(0, 1).index_select(0, at)
+        if self.output_norm is not None:
+            o = self.output_norm(o)
+        if self.output_gate:
+            # Wider heads exist only in `concat`, whose two halves share the gate.
+            gate = self._heads(functional.silu(gate))
+            o = o * (gate if o.shape[-1] == self.head_dim else torch.cat([gate, gate], dim=-1))
+        mixed: Tensor = self.o_proj(o.flatten(-2))
+        return mixed, after
+
+    def read(self, projected: Projected, state: LayerState | None) -> tuple[Tensor, LayerState | None]:
+        """The memory's output [B, T, H, D] (2 D for `concat`) and, if a state was given, the state of the memory."""
+        raise NotImplementedError
+
+    def _project(self, x: Tensor, state: LayerState | None) -> tuple[Projected, Tensor | None]:
+        rows = self.in_proj(x)
+        conv = None
+        if self.short_conv is not None:
+            before = None
+            if state is not None:
+                pad = self.short_conv.weight.shape[1] - 1
+                before = state.conv if state.conv is not None else x.new_zeros(len(x), pad, self.qkv_width)
+            qkv, rest = rows.split([self.qkv_width, sum(self.widths) - self.qkv_width], dim=-1)
+            qkv, conv = self.short_conv(qkv, before)
+            q, k, v = qkv.split(self.widths[:3], dim=-1)
+            beta, decay, mixing, gate = rest.split(self.widths[3:], dim=-1)
+        else:
+            q, k, v, beta, decay, mixing, gate = rows.split(self.widths, dim=-1)
+        return Projected(self._heads(q), self._writes(k), self._writes(v), beta, decay, mixing, gate), conv
+
+    def _write_arguments(self, rule: rules.Rule, projected: Projected) -> dict[str, Any]:
+        """What the kernels ask about a write: beta in (0, beta_range), [B, T, H] or [B, T, n, H]; log_decay at most 0,
+        [B, T, H]; None for what the rule does not have. Both float32, because products of decays lose bits quickly.
+        """
+        beta = log_decay = None
+        if isinstance(rule, rules.Delta | rules.GatedDelta | rules.DeltaProduct):
+            beta = rule.beta_range * torch.sigmoid(projected.beta.float())
+            if self.multiple_writes:
+                beta = beta.view(*beta.shape[:-1], self.n_writes, self.n_heads)
+        if hasattr(self, "A_log"):
+            log_decay = -self.A_log.exp() * functional.softplus(projected.decay.float() + self.dt_bias)
+        elif isinstance(rule, rules.Decay):
+            log_decay = self.fixed_log_decay.expand(*projected.q.shape[:2], -1)
+        normaliser = rule.normaliser if isinstance(rule, rules.Additive) else "none"
+        return {"beta": beta, "log_decay": log_decay, "normaliser": normaliser}
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """[B, T, d] -> [B, T, H, D]."""
+        return x.view(*x.shape[:-1], self.n_heads, self.head_dim)
+
+    def _writes(self, x: Tensor) -> Tensor:
+        """[B, T, n d] -> [B, T, n, H, D] where a token may write several times, else [B, T, H, D]."""
+        return self._heads(x.view(*x.shape[:-1], self.n_writes, -1) if self.multiple_writes else x)
+
+
+class AttentionLayer(MixerLayer):
+    """Causal softmax attention over the last `window` keys, or all."""
+
+    def __init__(self, spec: Attention, d_model: int, backend: Forced) -> None:
+        super().__init__(spec, d_model, backend)
+        self.window = spec.window
+        self.rope_base = ROPE_BASE if spec.positions == "rope" else None
+
+    def read(self, projected: Projected, state: LayerState | None) -> tuple[Tensor, LayerState | None]:
+        q, k, v = projected.q, projected.k, projected.v
+        position = 0
+        after = None
+        if state is not None:
+            if state.kv is not None:
+                k, v = torch.cat([state.kv[0], k], dim=1), torch.cat([state.kv[1], v], dim=1)
+            n_keys = k.shape[1]
+            position = state.position + q.shape[1] - n_keys
+            keep = n_keys if self.window is None else min(self.window, n_keys)
+            after = LayerState(state.position, kv=(k[:, n_keys - keep :], v[:, n_keys - keep :]))
+        o = window_attention(
+            q, k, v, window=self.window, rope_base=self.rope_base, position=position, backend=self.backend
+        )
+        return o, after
+
+
+class FastWeightLayer(MixerLayer):
+    """A matrix per head, written by the rule at every token."""
+
+    def __init__(self, spec: FastWeight, d_model: int, backend: Forced) -> None:
+        super().__init__(spec, d_model, backend)
+        self.spec = spec
+        self.rope_base = ROPE_BASE if spec.fw_positions == "rope" else None
+
+    def read(self, projected: Projected, state: LayerState | None) -> tuple[Tensor, LayerState | None]:
+        q, k = projected.q, projected.k
+        if self.rope_base is not None:  # before the feature map, as in `blend`
+            position = state.position if state is not None else 0
+            q, k = rotate(q, self.rope_base, position), rotate(k, self.rope_base, position)
+        o, fw = fast_weight(
+            q,
+            k,
+            functional.silu(projected.v),
+            feature_map=self.spec.rule.feature_map,
+            initial_state=state.fw if state is not None else None,
+            backend=self.backend,
+            **self._write_arguments(self.spec.rule, projected),
+        )
+        return o, None if state is None else LayerState(state.position, fw=fw)
+
+
+class HybridLayer(MixerLayer):
+    """Both memories, fed by the same q, k and v; `blend` times them and `mixing` adds them."""
+
+    def __init__(self, spec: Hybrid, d_model: int, backend: Forced) -> None:
+        super().__init__(spec, d_model, backend)
+        self.spec = spec
+        if spec.mixing == "static_scalar":
+            self.mixing_scalars = nn.Parameter(torch.empty(2, self.n_heads))
+        self.kv_norm = RMSNorm(self.head_dim) if spec.branch_norm else None
+        self.fw_norm = RMSNorm(self.head_dim) if spec.branch_norm else None
+        self.silenced: Memory | None = None
+        """The memory whose output is replaced by zeros: a knock-out, set by `evaluation.silence`."""
+        self.observer: Callable[[Tensor, Tensor], None] | None = None
+        """Given the factors of KV- and FW-memory at every forward pass, set by `evaluation.mean_gates`."""
+
+    def initialise_scalars(self, generator: torch.Generator) -> None:
+        super().initialise_scalars(generator)
+        if self.spec.mixing == "static_scalar":
+            self.mixing_scalars.fill_(1.0)
+
+    def read(self, projected: Projected, state: LayerState | None) -> tuple[Tensor, LayerState | None]:
+        spec = self.spec
+        mixes_here = spec.branch_norm or self.silenced is not None or self.observer is not None
+        fused = spec.mixing == "dynamic_vector" and not mixes_here
+        out = blend(
+            projected.q,
+            projected.k,
+            functional.silu(projected.v),
+            timing=spec.blend.kind,
+            window=spec.window,
+            delay_beta=isinstance(spec.blend, DelayedStreaming) and spec.blend.delay_beta,
+            fw_chunk=_fw_chunk(spec),
+            feature_map=spec.rule.feature_map,
+            kv_rope_base=ROPE_BASE if spec.positions == "rope" else None,
+            fw_rope_base=ROPE_BASE if spec.fw_positions == "rope" else None,
+            gate=self._heads(projected.mixing) if fused else None,
+            state=state.blend if state is not None else None,
+            return_state=state is not None,
+            backend=self.backend,
+            **self._write_arguments(spec.rule, projected),
+        )
+        after = None if state is None else LayerState(state.position, blend=out.state)
+        if out.mixed is not None:
+            return out.mixed, after
+        return self._mix(out.kv, out.fw, projected.mixing), after
+
+    def _mix(self, kv: Tensor, fw: Tensor, logits: Tensor) -> Tensor:
+        if self.kv_norm is not None and self.fw_norm is not None:
+            kv, fw = self.kv_norm(kv), self.fw_norm(fw)
+        if self.silenced == "kv":
+            kv = torch.zeros_like(kv)
+        elif self.silenced == "fw":
+            fw = torch.zeros_like(fw)
+        factors = self._factors(logits)
+        if factors is not None:
+            if self.observer is not None:
+                self.observer(*factors)
+            kv, fw = factors[0] * kv, factors[1] * fw
+        match self.spec.mixing:
+            case "concat":
+                return torch.cat([kv, fw], dim=-1)
+            case "difference":
+                return kv - fw
+            case _:
+                return kv + fw
+
+    def _factors(self, logits: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What KV- and FW-memory are multiplied by, broadcastable to [B, T, H, D]; None where nothing is learned."""
+        mixing: Mixing = self.spec.mixing
+        match mixing:
+            case "sum" | "difference" | "concat":
+                return None
+            case "static_scalar":
+                kv, fw = self.mixing_scalars[:, :, None]
+            case "dynamic_scalar":
+                fw, kv = torch.sigmoid(logits).view(*logits.shape[:-1], 2, self.n_heads, 1).unbind(-3)
+            case "dynamic_vector":
+                fw = torch.sigmoid(self._heads(logits))
+                kv = 1 - fw
+            case "separate_vector":
+                fw, kv = self._heads(torch.sigmoid(logits).view(*logits.shape[:-1], 2, -1)).unbind(-3)
+            case _:
+                assert_never(mixing)
+        return kv, fw
+
+
+def build_mixer(spec: Mixer, d_model: int, backend: Forced) -> MixerLayer:
+    """The module of `spec`, uninitialised."""
+    match spec:
+        case Attention():
+            return AttentionLayer(spec, d_model, backend)
+        case FastWeight():
+            return FastWeightLayer(spec, d_model, backend)
+        case Hybrid():
+            return HybridLayer(spec, d_model, backend)
+        case _:
+            assert_never(spec)
+
+
+def _fw_chunk(spec: Hybrid) -> int | None:
+    """Tokens between two states that FW-memory may read; None where it reads the newest."""
+    if not isinstance(spec.blend, DelayedChunk):
+        return None
+    return spec.window if spec.blend.fw_chunk == "window" else spec.blend.fw_chunk

@@ -1,0 +1,182 @@
+"""`run_trial`: a trial in, its result out. Everything above it knows no torch; everything below it knows no study."""
+
+import errno
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from hqlt_kernels.backends import BackendUnavailableError, Operator, choose_backend
+from hqlt_search_space.arch import Arch
+from hqlt_search_space.errors import BackendError, CheckpointError, DataError
+from hqlt_search_space.mixers import Attention, FastWeight, Hybrid
+from hqlt_search_space.spec import canonical_json
+from hqlt_search_space.tasks import Nothing, context_length
+from hqlt_search_space.trial import Backend, ReplicaResult, Trial, TrialResult
+
+from hqlt_trainer.checkpoint import write_whole
+from hqlt_trainer.environment import environment, forget_peak_memory, reproducible
+from hqlt_trainer.loop import Callbacks, Replica, ReplicaFailedError
+from hqlt_trainer.tasks import build_task
+from hqlt_trainer.tasks.batch import TaskData
+
+OnRung = Callable[[int, int, dict[str, float]], bool]
+OnMetrics = Callable[[int, int, dict[str, float]], None]
+
+
+def run_trial(
+    trial: Trial,
+    out: Path,
+    on_rung: OnRung | None = None,
+    *,
+    on_metrics: OnMetrics | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> TrialResult:
+    """Trains every seed of `trial`, one after the other, and returns a result for each.
+
+    `on_rung(seed, step, metrics)` is asked at each rung, with validation metrics; False stops that replica. At the last
+    step its answer changes nothing, and at the rung where a trial was interrupted it may be asked twice.
+    `on_metrics(seed, step, metrics)` is told the training loss about fifty times a run, at the same steps in every run,
+    and whatever is evaluated. `cancelled()` is polled before every step.
+
+    `out` belongs to this trial: `out/seed-S/checkpoints/step-N` and `out/seed-S/result.json`. Called again on the same
+    `out` it keeps the replicas that ended and continues the others from their last whole checkpoint; on a CPU the
+    weights and metrics then are what an unbroken run would have, to the bit.
+
+    A replica that diverges, runs out of memory, disk or usable data is a result with status `failed`, not an exception.
+
+    Raises:
+        TrialPausedError: `cancelled` said so; a checkpoint is written.
+        CheckpointError: `out` holds checkpoints of another config.
+        BackendError, ResourceError: the runtime asks for what is not there.
+    """
+    callbacks = Callbacks(on_rung, on_metrics, cancelled)
+    if isinstance(trial.config.task, Nothing):
+        return _nothing(trial)
+    with reproducible(trial.runtime):
+        backends = _backends(trial)
+        replicas: list[ReplicaResult] = []
+        notes: list[str] = []
+        try:
+            task_data = build_task(trial.config.task)
+        except DataError as error:
+            replicas = [
+                ReplicaResult(seed=seed, status="failed", reason="bad_data", message=str(error), step=0)
+                for seed in trial.seeds
+            ]
+        else:
+            for seed in trial.seeds:
+                result, seed_notes = _run_replica(trial, seed, out, task_data, callbacks)
+                replicas.append(result)
+                notes += [f"seed {seed}: {note}" for note in seed_notes]
+        return TrialResult(
+            trial=trial,
+            replicas=tuple(replicas),
+            backends=backends,
+            environment=environment(trial.runtime),
+            notes=tuple(notes),
+        )
+
+
+def _run_replica(
+    trial: Trial, seed: int, out: Path, task_data: TaskData, callbacks: Callbacks
+) -> tuple[ReplicaResult, tuple[str, ...]]:
+    """The result of one seed, kept from an earlier call if there is one, and what deserves a word."""
+    path = out / f"seed-{seed}" / "result.json"
+    known = _read_ended(path, trial.config.config_id)
+    if known is not None:
+        return known, ("kept the result of an earlier call",)
+    forget_peak_memory(trial.runtime)
+    replica = Replica(trial, seed, out, callbacks)
+    try:
+        result = replica.train(task_data)
+    except ReplicaFailedError as failure:
+        result = replica.outcome(status="failed", reason=failure.reason, message=failure.message)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        result = replica.outcome(status="failed", reason="out_of_memory", message=_out_of_memory(replica, error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        message = f"disk full at step {replica.progress.step}: no room for a checkpoint in {replica.folder}"
+        result = replica.outcome(status="failed", reason="disk_full", message=message)
+    if result.reason in (None, "diverged"):  # more memory or disk may mend the others
+        _write_ended(path, trial.config.config_id, result)
+    return result, replica.notes
+
+
+def _write_ended(path: Path, config_id: str, result: ReplicaResult) -> None:
+    """Keeps the result of a replica that ended, so that a trial called again does not repeat it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, canonical_json({"config_id": config_id, "replica": result.model_dump(mode="json")}))
+
+
+def _read_ended(path: Path, config_id: str) -> ReplicaResult | None:
+    try:
+        stored = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    if stored["config_id"] != config_id:
+        raise CheckpointError(
+            f"{path} belongs to config {stored['config_id']}, not {config_id}; give each trial a folder of its own"
+        )
+    return ReplicaResult.model_validate(stored["replica"])
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # torch's CPU allocator has no exception of its own.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def _out_of_memory(replica: Replica, error: BaseException) -> str:
+    config = replica.trial.config
+    asked = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+    return (
+        f"out of memory at step {replica.progress.step} (batch {config.recipe.batch}, "
+        f"context {context_length(config.task)})" + (f": {asked[1]} more were asked for" if asked else "")
+    )
+
+
+def _backends(trial: Trial) -> tuple[Backend, ...]:
+    """Which implementation of each operator runs, and why.
+
+    Raises:
+        BackendError: the runtime forces one that cannot run here.
+    """
+    config, runtime = trial.config, trial.runtime
+    dtype = torch.bfloat16 if config.recipe.precision == "bfloat16" else torch.float32
+    found = []
+    for operator, head_dim in _operators(config.arch):
+        try:
+            choice = choose_backend(
+                operator, device=runtime.device, dtype=dtype, head_dim=head_dim, forced=runtime.backend
+            )
+        except BackendUnavailableError as error:
+            raise BackendError(str(error)) from error
+        found.append(Backend(operator=choice.operator, backend=choice.backend, reason=choice.reason))
+    return tuple(dict.fromkeys(found))
+
+
+def _operators(arch: Arch) -> list[tuple[Operator, int]]:
+    """The operators that `arch` calls, with their head widths."""
+    found: list[tuple[Operator, int]] = []
+    for mixer in arch.layers:
+        head_dim = arch.d_model // mixer.n_heads
+        if isinstance(mixer, Hybrid):
+            found.append(("blend", head_dim))
+        if not isinstance(mixer, FastWeight):
+            found.append(("window_attention", head_dim))
+        if not isinstance(mixer, Attention):
+            found.append((mixer.rule.kind, head_dim))
+    return found
+
+
+def _nothing(trial: Trial) -> TrialResult:
+    """The result of the task that trains nothing: what is left is the cost of everything around a trial."""
+    replicas = tuple(
+        ReplicaResult(seed=seed, status="complete", step=0, metrics={"validation_loss_nats": 0.0})
+        for seed in trial.seeds
+    )
+    return TrialResult(trial=trial, replicas=replicas, environment=environment(trial.runtime))
