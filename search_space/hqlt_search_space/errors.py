@@ -11,6 +11,7 @@ HqltError
 ├── BackendError          a forced kernel backend cannot run here
 ├── CheckpointError       a checkpoint is damaged or belongs to something else
 ├── ResourceError         a device was asked for that is not there
+├── NoResultError         a study without a complete trial has no front
 ├── TrialFailedError      a trial ended without a result
 └── TrialPausedError      a trial was asked to stop and wrote a checkpoint
 
@@ -110,6 +111,12 @@ class CheckpointError(HqltError):
 
 class ResourceError(HqltError):
     """A device, or an amount of one, that this machine or cluster does not have."""
+
+
+class NoResultError(HqltError):
+    """A front or a table was asked for and no trial has come to a result yet."""
+
+    exit_code = 1
 
 
 class TrialFailedError(HqltError):
