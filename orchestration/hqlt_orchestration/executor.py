@@ -1,0 +1,484 @@
+"""Where trials run: in processes of a Ray cluster, or in a thread of this one, behind one contract.
+
+A worker runs one job at a time and answers to four calls: `run`, `events`, `answer` and `cancel`. Ray wraps it in an
+actor, inline execution calls it directly, so both behave alike. Nothing here retries: what to do about a lost worker
+is the ledger's decision.
+"""
+
+import contextlib
+import fcntl
+import os
+import queue
+import shutil
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal, Protocol
+
+from hqlt_search_space.errors import HqltError, ResourceError, TrialPausedError
+from hqlt_search_space.trial import Trial, TrialResult
+
+TRIALS_PER_WORKER = 200  # then a fresh process, so that a slow leak of a library cannot grow without end
+LOG_FILE = "log.txt"
+OBJECT_STORE_BYTES = 80 * 1024**2  # results are kilobytes; Ray's default is 30 % of the machine
+PAUSE_GRACE_S = 30.0  # a paused trial writes its checkpoint within this time, or is killed
+_LONG_POLL_S = 2.0  # how long a worker holds an unanswered `events` call: one message per 2 s from a silent trial
+_WORKER_STARTS = 3  # workers that die before they are ready, in a row, before we say that none will start
+
+
+@dataclass(frozen=True, order=True)
+class JobKey:
+    """An attempt: the trial's number, the replica's seed, and which try it is."""
+
+    number: int
+    seed: int
+    attempt: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """A trial with one seed, to be run in the folder `out`, which it shares with the trial's other seeds."""
+
+    key: JobKey
+    trial: Trial
+    out: Path
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Metrics at a step, as they come."""
+
+    key: JobKey
+    step: int
+    metrics: dict[str, float]
+    unix_ms: int
+
+
+@dataclass(frozen=True)
+class RungReached:
+    """The job stands still until `answer` says whether it goes on."""
+
+    key: JobKey
+    step: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The job has a result, which may be a failure with its reason."""
+
+    key: JobKey
+    result: TrialResult
+
+
+@dataclass(frozen=True)
+class Paused:
+    """The job was cancelled, wrote a checkpoint and ended."""
+
+    key: JobKey
+
+
+@dataclass(frozen=True)
+class Crashed:
+    """The job ended without a result: its process died, or a programmer's mistake got out of it."""
+
+    key: JobKey
+    message: str
+
+
+Event = Measured | RungReached | Finished | Paused | Crashed
+END = (Finished, Paused, Crashed)
+Device = Literal["cpu", "cuda"]
+
+
+class Executor(Protocol):
+    """Runs jobs, at most `slots` at a time.
+
+    A submitted job ends with exactly one of Finished, Paused or Crashed. Between `submit` and that event its key is
+    the caller's to use with `answer`, `cancel` and `kill`; a key of no running job is ignored.
+    """
+
+    name: str
+    device: Device
+    slots: int
+
+    def free(self) -> int:
+        """How many jobs may be submitted now."""
+
+    def submit(self, job: Job) -> None:
+        """Start `job`. Needs a free slot."""
+
+    def poll(self, timeout_s: float) -> list[Event]:
+        """What happened since the last call; waits up to `timeout_s` for something to happen."""
+
+    def answer(self, key: JobKey, step: int, *, go_on: bool) -> None:
+        """Answer the RungReached of that step."""
+
+    def cancel(self, key: JobKey) -> None:
+        """Ask the job to write a checkpoint and stop: it ends as Paused, or Finished if it was faster."""
+
+    def kill(self, key: JobKey) -> None:
+        """End the job's process: it ends as Crashed. For a job that does not answer."""
+
+    def close(self) -> None:
+        """Give back every process. Jobs that still run are lost."""
+
+
+class Worker:
+    """Runs jobs one after the other in the process it lives in. `events` and the rest may be called meanwhile."""
+
+    def __init__(self, n_threads: int, *, capture: bool) -> None:
+        """Import what trials need. With `capture`, the process's output goes to the log of the running trial."""
+        for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+            os.environ[variable] = str(n_threads)
+        import torch
+        from hqlt_trainer.run import run_trial
+
+        torch.set_num_threads(n_threads)
+        self._run_trial = run_trial
+        self._has_cuda = torch.cuda.is_available()
+        self._capture = capture
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[tuple[JobKey, int, bool]] = queue.SimpleQueue()
+        self._cancelled: set[JobKey] = set()
+
+    def has_cuda(self) -> bool:
+        return self._has_cuda
+
+    def run(self, job: Job) -> None:
+        """Run `job` to its end, which is an event."""
+        try:
+            folder = replica_folder(job.out, job.key.seed)
+            folder.mkdir(parents=True, exist_ok=True)
+            with _alone_in(folder), _log(job, folder, capture=self._capture) as log:
+                end = self._end_of(job, log)
+        except Exception:  # noqa: BLE001  whatever it was, the driver must hear that the job has ended
+            end = Crashed(job.key, traceback.format_exc())
+        self._events.put(end)
+
+    def _end_of(self, job: Job, log: IO[str]) -> Event:
+        def cancelled() -> bool:
+            return job.key in self._cancelled
+
+        def on_metrics(_seed: int, step: int, metrics: dict[str, float]) -> None:
+            log.write(f"step {step}  " + "  ".join(f"{name} {value:.6g}" for name, value in metrics.items()) + "\n")
+            self._events.put(Measured(job.key, step, dict(metrics), time.time_ns() // 1_000_000))
+
+        def on_rung(_seed: int, step: int, metrics: dict[str, float]) -> bool:
+            self._events.put(RungReached(job.key, step, dict(metrics)))
+            while not cancelled():
+                with contextlib.suppress(queue.Empty):
+                    key, answered, go_on = self._answers.get(timeout=0.2)
+                    if (key, answered) == (job.key, step):
+                        return go_on
+            return True  # the next look at `cancelled` ends the job
+
+        try:
+            result = self._run_trial(job.trial, job.out, on_rung, on_metrics=on_metrics, cancelled=cancelled)
+        except TrialPausedError as paused:
+            log.write(f"{paused}\n")
+            return Paused(job.key)
+        except Exception as error:  # noqa: BLE001  recorded whole, with its traceback
+            text = str(error) if isinstance(error, HqltError) else traceback.format_exc()
+            log.write(text + "\n")
+            return Crashed(job.key, text)
+        for replica in result.replicas:
+            log.write(f"seed {replica.seed}: {replica.status} at step {replica.step}\n")
+            if replica.message:
+                log.write(replica.message + "\n")
+        return Finished(job.key, result)
+
+    def events(self, timeout_s: float) -> list[Event]:
+        """Every event since the last call; waits up to `timeout_s` for the first."""
+        found: list[Event] = []
+        with contextlib.suppress(queue.Empty):
+            found.append(self._events.get(timeout=timeout_s))
+            while True:
+                found.append(self._events.get_nowait())
+        return found
+
+    def answer(self, key: JobKey, step: int, go_on: bool) -> None:
+        self._answers.put((key, step, go_on))
+
+    def cancel(self, key: JobKey) -> None:
+        self._cancelled.add(key)
+
+
+class InlineExecutor:
+    """One job at a time in a thread of this process: for debugging, tests and machines without Ray."""
+
+    name = "inline"
+    slots = 1
+
+    def __init__(self, *, cpus: int, gpus: float | None) -> None:
+        """`gpus` None: use one if there is one.
+
+        Raises:
+            ResourceError: a GPU is asked for and there is none.
+        """
+        self._worker = Worker(cpus, capture=False)
+        if gpus and not self._worker.has_cuda():
+            raise _no_gpu(gpus)
+        self.device: Device = "cuda" if self._worker.has_cuda() and gpus != 0 else "cpu"
+        self._job: JobKey | None = None
+        self._thread: threading.Thread | None = None
+
+    def free(self) -> int:
+        return int(self._job is None)
+
+    def submit(self, job: Job) -> None:
+        assert self._job is None, f"job {self._job} still runs"
+        self._job = job.key
+        self._thread = threading.Thread(target=self._worker.run, args=(job,), daemon=True)
+        self._thread.start()
+
+    def poll(self, timeout_s: float) -> list[Event]:
+        if self._job is None:
+            return []
+        found = self._worker.events(timeout_s)
+        if any(isinstance(event, END) for event in found):
+            self._job = None
+        return found
+
+    def answer(self, key: JobKey, step: int, *, go_on: bool) -> None:
+        self._worker.answer(key, step, go_on)
+
+    def cancel(self, key: JobKey) -> None:
+        self._worker.cancel(key)
+
+    def kill(self, key: JobKey) -> None:
+        """A thread cannot be killed; it is asked to stop."""
+        self.cancel(key)
+
+    def close(self) -> None:
+        if self._thread is not None and self._job is not None:
+            self._worker.cancel(self._job)
+            self._thread.join(PAUSE_GRACE_S)
+
+
+@dataclass
+class _Slot:
+    """An actor, and the one call to it that we wait for: its first answer, or its next events."""
+
+    actor: Any
+    waiting_for: Any
+    ready: bool = False
+    job: JobKey | None = None
+    n_jobs: int = 0
+
+
+class RayExecutor:
+    """A pool of Ray actors, each with its share of CPUs and GPUs. Ray restarts and retries nothing.
+
+    Actors, not tasks: a GPU task gets a new process, and with it an import of torch and a CUDA context, every time.
+    """
+
+    name = "ray"
+
+    def __init__(self, *, slots: int, cpus: int, gpus: float | None, address: str | None = None) -> None:
+        """Start Ray on this machine, or join the cluster at `address`. `gpus` None: share what GPUs there are.
+
+        Raises:
+            ResourceError: a GPU is asked for and there is none, or no cluster answers at `address`.
+        """
+        self._temporary = None if _ray_is_running() else _start_ray(slots * cpus, address)
+        import ray
+
+        self._ray = ray
+        self.slots = slots
+        n_gpus = ray.cluster_resources().get("GPU", 0.0)
+        if gpus and n_gpus < gpus:
+            self._stop_ray()
+            raise _no_gpu(gpus) if not n_gpus else ResourceError(f"resources.gpu: {gpus} a trial; Ray has {n_gpus:g}")
+        share = min(1.0, int(n_gpus / slots * 10_000) / 10_000) if gpus is None else gpus
+        self.device: Device = "cuda" if share else "cpu"
+        self._cpus = cpus
+        self._actor_class = ray.remote(Worker).options(
+            num_cpus=cpus,
+            num_gpus=share,
+            max_restarts=0,
+            max_task_retries=0,
+            max_concurrency=4,  # run, a long poll of events, and room for answer and cancel
+        )
+        self._failed_starts = 0
+        self._slots = [self._new_slot() for _ in range(slots)]
+
+    def _new_slot(self) -> _Slot:
+        actor = self._actor_class.remote(self._cpus, capture=True)
+        return _Slot(actor, actor.has_cuda.remote())
+
+    def free(self) -> int:
+        return sum(slot.ready and slot.job is None for slot in self._slots)
+
+    def submit(self, job: Job) -> None:
+        slot = next(slot for slot in self._slots if slot.ready and slot.job is None)
+        slot.job = job.key
+        slot.n_jobs += 1
+        slot.actor.run.remote(job)
+        slot.waiting_for = slot.actor.events.remote(_LONG_POLL_S)
+
+    def poll(self, timeout_s: float) -> list[Event]:
+        waiting = {slot.waiting_for: slot for slot in self._slots if slot.waiting_for is not None}
+        if not waiting:
+            return []
+        done, _ = self._ray.wait(list(waiting), num_returns=1, timeout=timeout_s)
+        if done and len(waiting) > 1:  # whoever else is done by now; `wait` returns only as many as asked for
+            done, _ = self._ray.wait(list(waiting), num_returns=len(waiting), timeout=0)
+        found: list[Event] = []
+        for reference in done:
+            found += self._take(waiting[reference], reference)
+        return found
+
+    def _take(self, slot: _Slot, reference: Any) -> list[Event]:
+        try:
+            answer = self._ray.get(reference)
+        except self._ray.exceptions.RayActorError as error:
+            return self._replace_dead(slot, error)
+        if not slot.ready:
+            slot.ready, slot.waiting_for = True, None
+            self._failed_starts = 0
+            return []
+        found: list[Event] = answer
+        ends = [event for event in found if isinstance(event, END)]
+        if not ends:
+            slot.waiting_for = slot.actor.events.remote(_LONG_POLL_S)
+            return found
+        slot.job, slot.waiting_for = None, None
+        if slot.n_jobs >= TRIALS_PER_WORKER or _spoils_its_worker(ends[0]):
+            self._renew(slot)
+        return found
+
+    def _replace_dead(self, slot: _Slot, error: Exception) -> list[Event]:
+        job = slot.job
+        if not slot.ready:
+            self._failed_starts += 1
+            if self._failed_starts >= _WORKER_STARTS:
+                raise ResourceError(f"no worker process will start; the last said: {error}") from error
+        self._renew(slot)
+        return [] if job is None else [Crashed(job, _obituary(error, self._ray.exceptions))]
+
+    def _renew(self, slot: _Slot) -> None:
+        self._ray.kill(slot.actor)
+        self._slots[self._slots.index(slot)] = self._new_slot()
+
+    def answer(self, key: JobKey, step: int, *, go_on: bool) -> None:
+        for slot in self._of(key):
+            slot.actor.answer.remote(key, step, go_on)
+
+    def cancel(self, key: JobKey) -> None:
+        for slot in self._of(key):
+            slot.actor.cancel.remote(key)
+
+    def kill(self, key: JobKey) -> None:
+        for slot in self._of(key):
+            self._ray.kill(slot.actor)
+
+    def _of(self, key: JobKey) -> list[_Slot]:
+        return [slot for slot in self._slots if slot.job == key]
+
+    def close(self) -> None:
+        for slot in self._slots:
+            self._ray.kill(slot.actor)
+        self._slots = []
+        self._stop_ray()
+
+    def _stop_ray(self) -> None:
+        """Stop or leave the Ray that this executor started or joined; one it found running is left alone."""
+        if self._temporary is None:
+            return
+        self._ray.shutdown()
+        if self._temporary:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def replica_folder(trial_folder: Path, seed: int) -> Path:
+    """Where `run_trial` keeps the checkpoints of one seed, and we its log."""
+    return trial_folder / f"seed-{seed}"
+
+
+def _ray_is_running() -> bool:
+    return "ray" in sys.modules and sys.modules["ray"].is_initialized()
+
+
+def _start_ray(n_cpus: int, address: str | None) -> str:
+    """Connect this process to Ray. Returns the folder to remove afterwards, "" for a cluster that was joined."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  Ray's own name; its 15 starves trials on a busy machine
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns of a change to come
+    if address is not None:
+        os.environ["RAY_AUTH_MODE"] = "token"  # a driver does not look for the token of a running head by itself
+    import ray
+
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address is not None:
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ResourceError(f"no Ray cluster answers at {address}: {error}") from error
+        return ""
+    # A short path of our own: sockets have at most 107 characters, and Ray never removes its logs.
+    folder = tempfile.mkdtemp(prefix="hqlt-")
+    ray.init(
+        address="local",
+        num_cpus=max(n_cpus, os.cpu_count() or 1),
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        _temp_dir=folder,
+        **quiet,
+    )
+    return folder
+
+
+def _spoils_its_worker(end: Event) -> bool:
+    """Whether a process that ended a job so should not be given another: memory may be held, CUDA may be unusable."""
+    if isinstance(end, Finished):
+        return any(replica.reason in ("out_of_memory", "error") for replica in end.result.replicas)
+    return isinstance(end, Crashed)
+
+
+def _obituary(error: Exception, exceptions: Any) -> str:
+    if isinstance(error, exceptions.OutOfMemoryError):
+        return "its worker process was ended because the machine ran out of memory"
+    return "its worker process died (killed, out of memory, or a segmentation fault)"
+
+
+def _no_gpu(gpus: float) -> ResourceError:
+    return ResourceError(f"resources.gpu: {gpus:g} a trial, but there is no GPU here; write `auto` or 0 to use the CPU")
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Hold the folder of a trial: an orphan of an earlier attempt may live on for a step or two after its driver."""
+    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+@contextlib.contextmanager
+def _log(job: Job, folder: Path, *, capture: bool) -> Iterator[IO[str]]:
+    """The log of a trial, appended to by every attempt. With `capture`, file descriptors 1 and 2 go there too."""
+    with (folder / LOG_FILE).open("a", buffering=1, encoding="utf-8") as log:
+        when = time.strftime("%Y-%m-%d %H:%M:%S")
+        log.write(f"{when}  attempt {job.key.attempt} of trial {job.key.number}, seed {job.key.seed}\n")
+        if not capture:
+            yield log
+            return
+        saved = os.dup(1), os.dup(2)
+        try:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+            yield log
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, descriptor in zip((1, 2), saved, strict=True):
+                os.dup2(descriptor, number)
+                os.close(descriptor)

@@ -1,0 +1,385 @@
+"""What to try next: a study's axes as Optuna distributions, and Optuna's samplers behind one `Proposer`.
+
+Every axis is suggested every time, because Optuna's samplers learn from the parameters that all trials share. The
+sampler is rebuilt for every suggestion with a seed made of the study's seed and the trial's number, so a study that was
+interrupted continues the sequence of an unbroken one. A suggestion that makes no sense, breaks a constraint or repeats
+a config is dropped before Optuna counts it.
+"""
+
+import contextlib
+import hashlib
+import logging
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import optuna
+from hqlt_search_space.axes import AxisDomain, AxisValue, Choices, IntegerRange, RealRange
+from hqlt_search_space.cost import costs
+from hqlt_search_space.errors import InvalidArchError
+from hqlt_search_space.study import Study
+from hqlt_search_space.trial import Config
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import BaseSampler
+from optuna.storages import BaseStorage, RDBStorage, get_storage
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+REASKS = 200  # suggestions of the study's own sampler for one trial, then
+RANDOM_REASKS = 2000  # uniform ones, which a sampler that has narrowed in cannot starve
+COUNT_AFTER = 20  # refusals in a row before a finite space is counted, to see whether anything is left
+NUMBER = "hqlt_number"  # the trial's number in the ledger, as an attribute of its Optuna trial
+_HELD = -1
+
+optuna.logging.set_verbosity(logging.WARNING)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A suggestion that was accepted: a config that makes sense, is within the constraints and is new."""
+
+    config: Config
+    choices: dict[str, AxisValue]
+    costs: dict[str, float]
+    params: dict[str, AxisValue]
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+    def stored(self) -> dict[str, Any]:
+        """What the ledger keeps, so that Optuna can be told of the trial even after a crash."""
+        return {"params": self.params, "attributes": self.attributes}
+
+
+class Exhausted(Exception):  # noqa: N818  the end of a space is no error
+    """There is nothing left to propose, with the reason."""
+
+
+class Proposer:
+    """Proposes configs for one study, and tells Optuna what came of them."""
+
+    def __init__(self, study: Study, url: str) -> None:
+        """Open the study's sampling history in the database at `url`, making it if it is new."""
+        assert study.search is not None, "an ablation lists its trials; it has no sampler"
+        self._study = study
+        self._search = study.search
+        self._domains = study.domains()
+        self._distributions = {name: distribution(domain) for name, domain in self._domains.items()}
+        self._storage = _Holding(open_optuna(url, create=False))
+        self._optuna = optuna.create_study(
+            storage=self._storage,
+            study_name=study.name,
+            directions=list(study.objectives.values()),
+            load_if_exists=True,
+        )
+        self._study_id = self._storage.get_study_id_from_name(study.name)
+        self._grid: optuna.samplers.GridSampler | None = None
+        self._refusals: Counter[str] = Counter()
+        self._n_asked = 0
+        self._size: int | None = None
+
+    def propose(self, number: int, is_taken: Callable[[str], bool], n_taken: int) -> Proposal:
+        """A config for trial `number`. `is_taken` says whether a config id is in the study, which has `n_taken`.
+
+        Raises:
+            Exhausted: every feasible config is taken, or none was found in `REASKS + RANDOM_REASKS` suggestions.
+        """
+        for ask in range(REASKS + RANDOM_REASKS):
+            if ask == COUNT_AFTER and n_taken and n_taken == self._count():
+                raise Exhausted(f"all {n_taken} configs of the space are taken")
+            params, attributes = self._suggest(number, ask)
+            self._n_asked += 1
+            accepted = self._judge(params, is_taken)
+            if accepted is not None:
+                config, choices, cost = accepted
+                return Proposal(config, choices, cost, params, attributes)
+        raise Exhausted(self._why_nothing())
+
+    def _count(self) -> int | None:
+        """Distinct feasible configs; None if they cannot be counted."""
+        if self._size is None:
+            self._size = self._study.size()
+        return self._size
+
+    def _judge(
+        self, params: Mapping[str, AxisValue], is_taken: Callable[[str], bool]
+    ) -> tuple[Config, dict[str, AxisValue], dict[str, float]] | None:
+        try:
+            config, choices = self._study.resolve(params)
+        except InvalidArchError as error:
+            self._refusals.update(error.reasons)
+            return None
+        if is_taken(config.config_id):
+            self._refusals["it is in the study already"] += 1
+            return None
+        cost = costs(config)
+        violations = self._study.violations(cost)
+        if violations:
+            self._refusals.update(_constraint_of(violation) for violation in violations)
+            return None
+        return config, choices, cost
+
+    def _why_nothing(self) -> str:
+        reasons = "; ".join(f"{reason} ({count} times)" for reason, count in self._refusals.most_common(3))
+        return f"no new config in {self._n_asked} suggestions: {reasons}"
+
+    def _suggest(self, number: int, ask: int) -> tuple[dict[str, AxisValue], dict[str, Any]]:
+        kind = self._search.sampler.kind
+        if kind == "grid":
+            self._optuna.sampler, self._storage.next_number = self._grid_sampler(), self._next_cell(ask)
+        else:
+            seed = seed_of(self._search.sampler.seed, number, ask)
+            self._optuna.sampler = _sampler(self._study, seed) if ask < REASKS else optuna.samplers.RandomSampler(seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            self._optuna.ask(self._distributions)
+        held = self._storage.let_go()
+        return dict(held.params), dict(held.system_attrs)
+
+    def _grid_sampler(self) -> optuna.samplers.GridSampler:
+        if self._grid is None:
+            points = {name: list(_points(name, domain)) for name, domain in self._domains.items()}
+            self._grid = optuna.samplers.GridSampler(points, seed=self._search.sampler.seed)
+        return self._grid
+
+    def _next_cell(self, ask: int) -> int:
+        """Optuna's grid goes by trial number; ours by how far the grid has come, refused cells included."""
+        done = [trial.system_attrs.get("grid_id", -1) for trial in self._trials()]
+        cell = max(done, default=-1) + 1 + ask
+        n_cells = math.prod(len(_points(name, domain)) for name, domain in self._domains.items())
+        if cell >= n_cells:
+            raise Exhausted(f"all {n_cells} cells of the grid are done")
+        return cell
+
+    def accept(self, number: int, proposal: Mapping[str, Any]) -> None:
+        """Write a trial that the ledger took into Optuna's history, in one transaction, as RUNNING."""
+        self._storage.stored.create_new_trial(
+            self._study_id,
+            FrozenTrial(
+                number=number,
+                state=TrialState.RUNNING,
+                value=None,
+                datetime_start=datetime.now(),
+                datetime_complete=None,
+                params=dict(proposal["params"]),
+                distributions={name: self._distributions[name] for name in proposal["params"]},
+                user_attrs={NUMBER: number},
+                system_attrs=dict(proposal["attributes"]),
+                intermediate_values={},
+                trial_id=_HELD,
+            ),
+        )
+
+    def tell(self, number: int, values: Sequence[float] | None, *, stopped: bool = False) -> None:
+        """Tell Optuna what came of a trial: values, or none because it was stopped early or failed.
+
+        Telling twice is harmless: the first stands.
+        """
+        trial = next(trial for trial in reversed(self._trials()) if trial.user_attrs.get(NUMBER) == number)
+        if trial.state.is_finished():
+            return
+        # An infinite value would be accepted as complete and spoil every hypervolume.
+        complete = values is not None and all(math.isfinite(value) for value in values)
+        state = TrialState.COMPLETE if complete else TrialState.PRUNED if stopped else TrialState.FAIL
+        trial_id = self._storage.stored.get_trial_id_from_study_id_trial_number(self._study_id, trial.number)
+        self._storage.stored.set_trial_state_values(trial_id, state, values if complete else None)
+
+    def known(self) -> dict[int, bool]:
+        """The trials in Optuna's history by ledger number, and whether each has been told."""
+        return {trial.user_attrs[NUMBER]: trial.state.is_finished() for trial in self._trials()}
+
+    def importances(self) -> dict[str, dict[str, float]]:
+        """Objective -> axis -> share (PED-ANOVA). Empty while there are too few complete trials to tell."""
+        complete = [trial for trial in self._trials() if trial.state == TrialState.COMPLETE]
+        varied = [name for name in self._domains if len({repr(trial.params[name]) for trial in complete}) > 1]
+        if len(complete) < 8 or not varied:
+            return {}
+        shares: dict[str, dict[str, float]] = {}
+        for index, name in enumerate(self._study.objectives):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found = optuna.importance.get_param_importances(
+                    self._optuna, params=varied, target=lambda trial, i=index: float(trial.values[i])
+                )
+            shares[name] = dict(found)
+        return shares
+
+    def _trials(self) -> list[FrozenTrial]:
+        return self._storage.stored.get_all_trials(self._study_id, deepcopy=False)
+
+
+def open_optuna(url: str, *, create: bool) -> BaseStorage:
+    """Optuna's storage at `url`, cached in memory. With `create`, its tables are made and its version checked."""
+    import sqlalchemy as sa
+
+    from hqlt_orchestration.ledger import BUSY_TIMEOUT_S, configure_sqlite
+
+    sqlite = url.startswith("sqlite")
+    options: dict[str, Any] = {"connect_args": {"timeout": BUSY_TIMEOUT_S}} if sqlite else {"pool_pre_ping": True}
+    if create:
+        return RDBStorage(url, options)
+    storage = RDBStorage(url, options, skip_table_creation=True, skip_compatibility_check=True)
+    if sqlite:
+        sa.event.listen(storage.engine, "connect", lambda connection, _record: configure_sqlite(connection))
+    return get_storage(storage)
+
+
+def delete_from_optuna(url: str, name: str) -> None:
+    """Remove a study's sampling history; nothing happens if there is none."""
+    with contextlib.suppress(KeyError):
+        optuna.delete_study(study_name=name, storage=open_optuna(url, create=False))
+
+
+def seed_of(study_seed: int, number: int, ask: int) -> int:
+    """The sampler's seed for one suggestion. Not the study's seed itself: a sampler rebuilt with it repeats itself."""
+    digest = hashlib.sha256(f"{study_seed}/{number}/{ask}".encode()).digest()
+    return int.from_bytes(digest[:4], "big")
+
+
+def distribution(domain: AxisDomain) -> BaseDistribution:
+    """The Optuna distribution of an axis."""
+    match domain:
+        case Choices(values):
+            return CategoricalDistribution(values)
+        case IntegerRange(low, high, step, log):
+            return IntDistribution(low, high, log=log, step=1 if log else step)
+        case RealRange(low, high, log):
+            return FloatDistribution(low, high, log=log)
+
+
+def _points(name: str, domain: AxisDomain) -> Sequence[AxisValue]:
+    match domain:
+        case Choices(values):
+            return values
+        case IntegerRange(low, high, step, _):
+            return range(low, high + 1, step)
+        case RealRange():
+            raise AssertionError(f"the study schema refuses a grid over the real axis {name}")
+
+
+def _sampler(study: Study, seed: int) -> BaseSampler:
+    assert study.search is not None
+    sampler = study.search.sampler
+    match sampler.kind:
+        case "random":
+            return optuna.samplers.RandomSampler(seed)
+        case "tpe":
+            return optuna.samplers.TPESampler(seed=seed)
+        case "gp":
+            return optuna.samplers.GPSampler(seed=seed)
+        case "nsga2":
+            return optuna.samplers.NSGAIISampler(population_size=study.population, seed=seed)
+        case "nsga3":
+            return optuna.samplers.NSGAIIISampler(population_size=study.population, seed=seed)
+        case "grid":
+            raise AssertionError("the grid keeps its sampler")
+
+
+def _constraint_of(violation: str) -> str:
+    """A violation without the value that broke it, so that equal reasons add up."""
+    name, _, limit = violation.split(" ", 2)
+    return f"{name} {limit}"
+
+
+class _Holding(BaseStorage):
+    """An Optuna storage that holds a new trial back until it is known to be wanted.
+
+    Samplers write to the trial that they are asked for, parameter by parameter, a transaction each. Here those writes
+    stay in memory: a trial that is dropped leaves no trace, and one that is wanted is written in one transaction.
+    Everything else goes straight through.
+    """
+
+    def __init__(self, stored: BaseStorage) -> None:
+        self.stored = stored
+        self.next_number: int | None = None
+        self._held: FrozenTrial | None = None
+
+    def let_go(self) -> FrozenTrial:
+        """The trial that was held, which is now forgotten."""
+        assert self._held is not None, "nothing was asked for"
+        held, self._held, self.next_number = self._held, None, None
+        return held
+
+    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        assert template_trial is None, "accepted trials are written to `stored`"
+        number = self.next_number
+        if number is None:
+            number = len(self.stored.get_all_trials(study_id, deepcopy=False))
+        self._held = FrozenTrial(
+            number=number,
+            state=TrialState.RUNNING,
+            value=None,
+            datetime_start=datetime.now(),
+            datetime_complete=None,
+            params={},
+            distributions={},
+            user_attrs={},
+            system_attrs={},
+            intermediate_values={},
+            trial_id=_HELD,
+        )
+        return _HELD
+
+    def _held_trial(self, trial_id: int) -> FrozenTrial:
+        assert trial_id == _HELD, f"a sampler writes to the stored trial {trial_id}"
+        assert self._held is not None, "nothing is held"
+        return self._held
+
+    def set_trial_param(
+        self, trial_id: int, param_name: str, param_value_internal: float, distribution: BaseDistribution
+    ) -> None:
+        held = self._held_trial(trial_id)
+        held.distributions[param_name] = distribution
+        held.params[param_name] = distribution.to_external_repr(param_value_internal)
+
+    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        self._held_trial(trial_id).system_attrs[key] = value
+
+    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
+        self._held_trial(trial_id).user_attrs[key] = value
+
+    def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
+        raise NotImplementedError("learning curves stay out of Optuna: they crash TPE with several objectives")
+
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+        return self.stored.set_trial_state_values(trial_id, state, values)
+
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        return self._held_trial(trial_id) if trial_id == _HELD else self.stored.get_trial(trial_id)
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        return self.stored.get_all_trials(study_id, deepcopy, states)
+
+    def create_new_study(self, directions: Sequence[StudyDirection], study_name: str | None = None) -> int:
+        return self.stored.create_new_study(directions, study_name)
+
+    def delete_study(self, study_id: int) -> None:
+        self.stored.delete_study(study_id)
+
+    def set_study_user_attr(self, study_id: int, key: str, value: Any) -> None:
+        self.stored.set_study_user_attr(study_id, key, value)
+
+    def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:
+        self.stored.set_study_system_attr(study_id, key, value)
+
+    def get_study_id_from_name(self, study_name: str) -> int:
+        return self.stored.get_study_id_from_name(study_name)
+
+    def get_study_name_from_id(self, study_id: int) -> str:
+        return self.stored.get_study_name_from_id(study_id)
+
+    def get_study_directions(self, study_id: int) -> list[StudyDirection]:
+        return self.stored.get_study_directions(study_id)
+
+    def get_study_user_attrs(self, study_id: int) -> dict[str, Any]:
+        return self.stored.get_study_user_attrs(study_id)
+
+    def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:
+        return self.stored.get_study_system_attrs(study_id)
+
+    def get_all_studies(self) -> list[Any]:
+        return self.stored.get_all_studies()
