@@ -1,8 +1,8 @@
 """How a model is trained: optimiser, schedule, batch, steps, precision."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from hqlt_search_space.spec import Spec
 
@@ -18,10 +18,20 @@ class Recipe(Spec):
     min_learning_rate_fraction: Annotated[float, Field(ge=0, le=1, description="Last over peak learning rate.")] = 1e-3
     warmup_fraction: Annotated[float, Field(ge=0, le=1, description="Share of the steps that warm up.")] = 0.1
     weight_decay: Annotated[float, Field(ge=0, description="Decoupled; not on norms, scalars and embeddings.")] = 0.1
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    clip: Annotated[float, Field(gt=0, description="Largest global gradient norm; null: no clipping.")] | None = None
+    beta1: Annotated[float, Field(ge=0, lt=1, description="AdamW's averaging of gradients.")] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1, description="AdamW's averaging of squared gradients.")] = 0.999
+    epsilon: Annotated[float, Field(gt=0, description="AdamW's term in the denominator.")] = 1e-8
+    clip: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="Largest global gradient norm; null: no clipping."
+    )
     init_std: Annotated[float, Field(gt=0, description="Standard deviation of the initial weights.")] = 0.02
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="Of activations and matrix products; weights and fast-weight states are float32."
+    )
     accumulation: Annotated[int, Field(ge=1, description="Micro-batches a step; must divide the batch.")] = 1
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Self:
+        if self.batch % self.accumulation:
+            raise ValueError(f"accumulation {self.accumulation} does not divide batch {self.batch}")
+        return self

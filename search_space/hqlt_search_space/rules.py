@@ -83,3 +83,8 @@ class DeltaProduct(Spec):
 
 Rule = Annotated[Additive | Decay | Delta | GatedDelta | DeltaProduct, Field(discriminator="kind")]
 RuleName = Literal["additive", "decay", "delta", "gated_delta", "delta_product"]
+
+
+def has_token_dependent_write(rule: Rule) -> bool:
+    """Whether each token brings a beta or a decay of its own, which a delayed blend may delay as well."""
+    return not isinstance(rule, Additive) and not (isinstance(rule, Decay) and rule.decay == "fixed")

@@ -162,3 +162,28 @@ def context_length(task: Task) -> int:
             return task.context
         case Nothing():
             return 1
+
+
+def training_length(task: Task) -> int:
+    """The longest training sequence, in tokens: what the cost of training is computed at."""
+    match task:
+        case Parity() | EvenPairs() | CycleNavigation() | ModularArithmetic():
+            return task.train_length.high
+        case Mqar():
+            return task.length
+        case LanguageModelling():
+            return task.context
+        case Nothing():
+            return 1
+
+
+def metric_names(task: Task) -> tuple[str, ...]:
+    """What a study of `task` can optimise: training and validation metrics. Test metrics are only reported."""
+    match task:
+        case LanguageModelling():
+            return ("validation_bits_per_byte", "validation_loss_nats", "validation_accuracy", "train_loss_nats")
+        case Nothing():
+            return ("validation_loss_nats",)
+        case _:
+            accuracies = ("validation_accuracy", "normalised_validation_accuracy")
+            return (*accuracies, "validation_loss_nats", "train_loss_nats")

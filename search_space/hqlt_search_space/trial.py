@@ -111,7 +111,7 @@ class ReplicaResult(Spec):
     reason: FailureReason | None = None
     message: str | None = Field(default=None, description="The sentence, or the traceback of a programmer's mistake.")
     step: int = Field(description="Optimiser steps taken.")
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float] = Field(default={})
     knock_outs: tuple[KnockOut, ...] = ()
     gates: tuple[MeanGate, ...] = ()
     curve: tuple[CurvePoint, ...] = ()
@@ -150,7 +150,7 @@ class TrialRecord(Spec):
     config: Config
     choices: dict[str, str | int | float | bool | None] = Field(description="The axis values that made the config.")
     cell: str | None = Field(default=None, description="Its label in an ablation: `baseline`, or what differs.")
-    costs: dict[str, float] = {}
+    costs: dict[str, float] = Field(default={}, description="Every cost of `cost.COSTS`.")
     objectives: dict[str, float] = Field(default={}, description="Over the search seeds; empty without a result.")
     replicas: tuple[ReplicaResult, ...] = ()
     replication: tuple[ReplicaResult, ...] = Field(default=(), description="Fresh seeds after a search.")

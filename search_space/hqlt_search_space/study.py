@@ -1,0 +1,485 @@
+"""A study: one YAML file. A search space or an ablation, a task, objectives, a budget.
+
+Every key of the file is here, with its meaning and its default. `Study.resolve` turns choices of axes into a Config,
+`Study.cells` lists an ablation. What can only be judged from several keys is checked once every key is well formed,
+and every problem is reported at its own place in the file.
+"""
+
+import itertools
+import math
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal, Self, assert_never
+
+from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationError, model_validator
+
+from hqlt_search_space.axes import (
+    RECIPE_AXES,
+    AxisDomain,
+    AxisValue,
+    Choices,
+    IntegerRange,
+    RealRange,
+    check_value,
+    label,
+)
+from hqlt_search_space.build import build_arch, built_ratio, reasons_of
+from hqlt_search_space.checks import problems
+from hqlt_search_space.cost import costs
+from hqlt_search_space.errors import InvalidArchError, MatchError
+from hqlt_search_space.match import COST_OF, matched
+from hqlt_search_space.recipe import Recipe
+from hqlt_search_space.space import (
+    ModelSettings,
+    RecipeSettings,
+    Settings,
+    Space,
+    Varied,
+    check_distinct,
+    domain_of,
+    located_error,
+)
+from hqlt_search_space.spec import Spec, canonical_json, short_hash
+from hqlt_search_space.tasks import Task
+from hqlt_search_space.trial import Config, Objective, Seed
+
+MAX_COMBINATIONS = 100_000
+"""A finite space of more combinations than this is treated as an infinite one: not counted, only sampled."""
+
+N_SAMPLED = 1_000
+"""Configs drawn from an infinite space to see whether anything in it satisfies the constraints."""
+
+Name = Annotated[
+    str,
+    Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$",
+        description="Letters, digits, dot, underscore and hyphen, 1 to 128, the first a letter or a digit.",
+    ),
+]
+Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(check_distinct)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Sampler(Spec):
+    """How the next config is chosen."""
+
+    kind: Literal["nsga2", "nsga3", "tpe", "gp", "random", "grid"] = Field(
+        default="nsga2", description="NSGA-II and III (genetic), TPE, Gaussian process, random, or every config once."
+    )
+    seed: Seed = Field(default=0, description="Equal seeds give equal sequences of suggestions.")
+    population: Annotated[int, Field(ge=2)] | None = Field(
+        default=None, description="Of NSGA: configs a generation. Default: max(4, trials / 4)."
+    )
+
+
+class SearchMatch(Spec):
+    """Every config of the search gets the same size, through the inner width of its MLP."""
+
+    quantity: Literal["parameters", "flops"] = Field(description="What is made equal; flops are forward, a token.")
+    target: Positive = Field(description="How much of it.")
+
+
+class Search(Spec):
+    """A sampler and the space it draws from."""
+
+    sampler: Sampler = Sampler()
+    space: Annotated[Space, Field(min_length=1, description="Axis -> list of choices, or range.")]
+    seeds: Seeds = Field(default=(0,), description="Of the models trained in the search.")
+    match: SearchMatch | None = Field(default=None, description="Makes all configs equally large.")
+
+
+class Ablation(Spec):
+    """A baseline and what varies, every cell with the same seeds."""
+
+    baseline: Settings = Field(default={}, description="Axis -> value; what is not named is as in model and recipe.")
+    vary: Annotated[Varied, Field(min_length=1, description="Axis -> values other than the baseline's.")]
+    design: Literal["one_factor", "factorial"] = Field(
+        default="one_factor", description="One change at a time, or every combination."
+    )
+    match: Literal["parameters", "flops", "state", "none"] = Field(
+        default="parameters", description="What every cell has as much of as the baseline."
+    )
+    seeds: Seeds = Field(default=(0, 1, 2), description="Every cell is trained once with each.")
+
+    @property
+    def n_cells(self) -> int:
+        """Cells, the baseline included, before equal models are counted as one."""
+        sizes = [len(values) for values in self.vary.values()]
+        return 1 + sum(sizes) if self.design == "one_factor" else math.prod(size + 1 for size in sizes)
+
+    def changes(self) -> Iterator[dict[str, AxisValue]]:
+        """What each cell changes in the baseline, which comes first."""
+        if self.design == "one_factor":
+            yield {}
+            for axis, values in self.vary.items():
+                yield from ({axis: value} for value in values)
+            return
+        options = [[{}, *({axis: value} for value in values)] for axis, values in self.vary.items()]
+        for parts in itertools.product(*options):
+            yield {axis: value for part in parts for axis, value in part.items()}
+
+
+class Bounds(Spec):
+    """What a cost must lie between; both ends are allowed."""
+
+    min: float | None = Field(default=None, description="Smallest allowed.")
+    max: float | None = Field(default=None, description="Largest allowed.")
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Self:
+        if self.min is None and self.max is None:
+            raise ValueError("needs min, max, or both")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min {self.min:g} is above max {self.max:g}")
+        return self
+
+    def allow(self, value: float) -> bool:
+        return (self.min is None or value >= self.min) and (self.max is None or value <= self.max)
+
+    def in_words(self) -> str:
+        return " and ".join(
+            f"{end} {bound:,.0f}" for end, bound in (("min", self.min), ("max", self.max)) if bound is not None
+        )
+
+
+class EarlyStopping(Spec):
+    """Asynchronous successive halving for several objectives: at each rung, 1 in `eta` goes on."""
+
+    kind: Literal["moasha"] = "moasha"
+    rungs: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = Field(
+        description="Steps at which a trial may be stopped, increasing."
+    )
+    eta: Annotated[float, Field(gt=1, description="At each rung, one trial in eta goes on.")] = 3
+    min_competitors: Annotated[int, Field(ge=1)] = Field(
+        default=3, description="Trials that a rung must have seen before it stops any."
+    )
+
+
+class Replication(Spec):
+    """The front of a search, trained again over fresh seeds."""
+
+    seeds: Seeds = Field(description="None of the search's own.")
+    what: Literal["front"] = "front"
+
+
+class Budget(Spec):
+    """How much is run."""
+
+    trials: Annotated[int, Field(ge=1, le=1_000_000)] | None = Field(
+        default=None, description="Of a search. A grid may leave it out: then every config is run."
+    )
+    parallel: Annotated[int, Field(ge=1, le=4096)] = Field(default=1, description="Trials at a time.")
+
+
+class Resources(Spec):
+    """What one trial gets."""
+
+    cpu: Positive = Field(default=1, description="Cores.")
+    gpu: Annotated[
+        Annotated[Literal["auto"], Tag("word")] | Annotated[float, Field(ge=0), Tag("number")],
+        Discriminator(lambda value: "word" if isinstance(value, str) else "number"),
+    ] = Field(default="auto", description="GPUs; 0.25 puts four trials on one; auto: one if there is one.")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model of an ablation.
+
+    `label` is `baseline`, or what differs (`mixing=sum`). `residual` is what matching left over, relative to the
+    baseline; None where nothing was matched.
+    """
+
+    label: str
+    choices: dict[str, AxisValue]
+    config: Config
+    residual: float | None
+
+
+class Study(Spec):
+    """One YAML file."""
+
+    schema_version: Literal[1] = Field(description="Of this format.")
+    name: Name
+    task: Task = Field(description="What is learnt, and how it is judged.")
+    model: ModelSettings = Field(default={}, description="Axes of the model that every config shares.")
+    recipe: RecipeSettings = Field(default={}, description="Axes of the training that every config shares.")
+    search: Search | None = Field(default=None, description="Either this or `ablation`.")
+    ablation: Ablation | None = Field(default=None, description="Either this or `search`.")
+    objectives: Annotated[dict[str, Literal["minimize", "maximize"]], Field(min_length=1)] = Field(
+        description="Validation metrics of the task, or costs."
+    )
+    constraints: dict[str, Bounds] = Field(default={}, description="Cost -> bounds, checked before anything trains.")
+    early_stopping: EarlyStopping | None = None
+    replication: Replication | None = None
+    budget: Budget = Budget()
+    resources: Resources = Resources()
+
+    @property
+    def objective_list(self) -> tuple[Objective, ...]:
+        return tuple(Objective(name=name, direction=direction) for name, direction in self.objectives.items())
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds that every trial of the search, or every cell of the ablation, is trained with."""
+        return (self.search or self._ablation).seeds
+
+    @property
+    def n_trials(self) -> int:
+        """Trials until the study is done, at most: a space may hold fewer, and replication comes on top."""
+        if self.ablation is not None:
+            return len(self._plan())
+        return self.budget.trials or self.size() or 0
+
+    @property
+    def population(self) -> int:
+        """Configs a generation of NSGA."""
+        assert self.search is not None
+        return self.search.sampler.population or max(4, self.n_trials // 4)
+
+    @property
+    def _ablation(self) -> Ablation:
+        assert self.ablation is not None
+        return self.ablation
+
+    def domains(self) -> dict[str, AxisDomain]:
+        """What a sampler draws from, by axis, in the order of the file. Empty for an ablation."""
+        if self.search is None:
+            return {}
+        return {name: domain_of(name, domain) for name, domain in self.search.space.items()}
+
+    def resolve(self, choices: Mapping[str, AxisValue]) -> tuple[Config, dict[str, AxisValue]]:
+        """The config that `choices` make of this study, and those of the choices that have a meaning for it.
+
+        A choice overrules `model`, `recipe` and a baseline, and may be of any axis. Equal models come out as equal
+        configs; of two layers, the ratio 3:1 comes back as what it is, 1:1.
+
+        Raises:
+            UnknownNameError: no such axis.
+            InvalidArchError: the combination makes no sense, or cannot have the size the search asks for.
+        """
+        checked = {name: check_value(name, value) for name, value in choices.items()}
+        config, asked = self.build(checked)
+        canonical = {name: value for name, value in checked.items() if name in asked or name in RECIPE_AXES}
+        if "ratio" in canonical:
+            canonical["ratio"] = built_ratio(config.arch, {**self._fixed(), **checked})
+        if self.search is not None and self.search.match is not None:
+            canonical.pop("mlp_ratio", None)
+            try:
+                config, _ = matched(config, self.search.match.quantity, self.search.match.target)
+            except MatchError as error:
+                raise InvalidArchError((str(error),)) from None
+        return config, canonical
+
+    def cells(self) -> tuple[Cell, ...]:
+        """The models of an ablation, the baseline first; empty for a search.
+
+        Raises:
+            MatchError: a cell cannot be brought to the baseline's size.
+        """
+        if self.ablation is None:
+            return ()
+        quantity = self.ablation.match
+        baseline, _ = self.resolve({})
+        cells = []
+        for name, changes in self._plan():
+            choices = {**self.ablation.baseline, **changes}
+            config, canonical = self.resolve(choices)
+            residual = None
+            if quantity != "none":
+                target = costs(baseline)[COST_OF[quantity]]
+                try:
+                    config, residual = matched(config, quantity, target, fixed=frozenset(changes))
+                except MatchError as error:
+                    raise MatchError(f"ablation cell {name}: {error}") from None
+            cells.append(Cell(name, canonical, config, residual))
+        return tuple(cells)
+
+    def violations(self, costs: Mapping[str, float]) -> tuple[str, ...]:
+        """A sentence for each constraint that `costs` break; empty if none."""
+        broken = []
+        for name, bounds in self.constraints.items():
+            value = costs[name]
+            if bounds.max is not None and value > bounds.max:
+                broken.append(f"{name} {value:,.0f} is above max {bounds.max:,.0f}")
+            if bounds.min is not None and value < bounds.min:
+                broken.append(f"{name} {value:,.0f} is below min {bounds.min:,.0f}")
+        return tuple(broken)
+
+    def configs(self) -> Iterator[tuple[dict[str, AxisValue], Config]]:
+        """Every distinct feasible config of a finite space once, with choices that make it, in a fixed order.
+
+        Raises:
+            ValueError: the space is not finite.
+        """
+        seen = set()
+        for choices, outcome in self._listed():
+            if isinstance(outcome, Config) and outcome.config_id not in seen:
+                seen.add(outcome.config_id)
+                if not self._broken(outcome):
+                    yield choices, outcome
+
+    def size(self) -> int | None:
+        """Distinct configs that satisfy the constraints; of an ablation, its cells.
+
+        None for a space that is infinite, or has more than `MAX_COMBINATIONS` combinations.
+        """
+        if self.search is None:
+            return len(self._plan())
+        if self._n_combinations() > MAX_COMBINATIONS:
+            return None
+        return sum(1 for _ in self.configs())
+
+    def why_empty(self) -> str | None:
+        """Why no config of the space can be trained, naming the constraints at fault; None if one can.
+
+        A space too large to list is judged by `N_SAMPLED` random draws.
+        """
+        refusals: Counter[str] = Counter()
+        n_built, nearest = 0, dict[str, float]()
+        for _, outcome in self._some():
+            if not isinstance(outcome, Config):
+                refusals.update(outcome)
+                continue
+            broken = self._broken(outcome)
+            if not broken:
+                return None
+            n_built += 1
+            for name, value in broken.items():
+                bound = self.constraints[name].max
+                closest = min if bound is not None and value > bound else max
+                nearest[name] = closest(nearest.get(name, value), value)
+            refusals.update(broken.keys())
+        if not n_built:
+            return f"no model of this space can be built: {refusals.most_common(1)[0][0]}"
+        always = [name for name in nearest if refusals[name] == n_built]
+        return (
+            "no config of this space satisfies "
+            + ("the constraint " if always else "all constraints at once: ")
+            + "; ".join(
+                f"{name} {self.constraints[name].in_words()} (the nearest has {nearest[name]:,.0f}"
+                + (")" if always else f", {refusals[name]} of {n_built} break it)")
+                for name in always or nearest
+            )
+        )
+
+    @property
+    def space_hash(self) -> str:
+        """Sixteen hexadecimal digits of what makes two studies of one name the same.
+
+        That is everything but the name, the replication, the budget and the resources.
+        """
+        return short_hash(canonical_json(self._identity()))
+
+    def differences(self, other: "Study") -> tuple[str, ...]:
+        """Where the parts that `space_hash` covers differ: `search.space.window: was [4,8], is [4]` (`other` is)."""
+        was, now = _flat(self._identity()), _flat(other._identity())
+        return tuple(
+            f"{path}: was {was.get(path, 'absent')}, is {now.get(path, 'absent')}"
+            for path in dict.fromkeys([*was, *now])
+            if was.get(path) != now.get(path)
+        )
+
+    def _identity(self) -> dict[str, object]:
+        return self.model_dump(mode="json", exclude={"name", "replication", "budget", "resources"})
+
+    def _fixed(self) -> dict[str, AxisValue]:
+        return {**self.model, **self.recipe, **(self.ablation.baseline if self.ablation is not None else {})}
+
+    def build(self, choices: Mapping[str, AxisValue]) -> tuple[Config, frozenset[str]]:
+        """The config before matching, and the axes of the model that have a meaning for it."""
+        settings = {**self._fixed(), **choices}
+        arch, asked = build_arch(settings)
+        try:
+            recipe = Recipe.model_validate({name: settings[name] for name in RECIPE_AXES if name in settings})
+        except ValidationError as error:
+            raise InvalidArchError(reasons_of(error)) from None
+        return Config(arch=arch, recipe=recipe, task=self.task), asked
+
+    def _broken(self, config: Config) -> dict[str, float]:
+        """The costs of `config` that are out of bounds."""
+        if not self.constraints:
+            return {}
+        found = costs(config)
+        return {name: found[name] for name, bounds in self.constraints.items() if not bounds.allow(found[name])}
+
+    def _n_combinations(self) -> float:
+        """Combinations of all choices; infinite with a range of real numbers."""
+        return math.prod(_n_values(domain) for domain in self.domains().values())
+
+    def _listed(self) -> Iterator[tuple[dict[str, AxisValue], Config | tuple[str, ...]]]:
+        """Every combination of a finite space, with its config or the reasons why it has none."""
+        domains = self.domains()
+        for values in itertools.product(*(_values(domain) for domain in domains.values())):
+            choices = dict(zip(domains, values, strict=True))
+            yield choices, self._outcome(choices)
+
+    def _some(self) -> Iterator[tuple[dict[str, AxisValue], Config | tuple[str, ...]]]:
+        """Every combination of a small space, or `N_SAMPLED` random ones of a large one."""
+        if self._n_combinations() <= MAX_COMBINATIONS:
+            yield from self._listed()
+            return
+        draw = random.Random(0)  # noqa: S311 - a look around, always the same one
+        for _ in range(N_SAMPLED):
+            choices = {name: _drawn(domain, draw) for name, domain in self.domains().items()}
+            yield choices, self._outcome(choices)
+
+    def _outcome(self, choices: Mapping[str, AxisValue]) -> Config | tuple[str, ...]:
+        try:
+            return self.resolve(choices)[0]
+        except InvalidArchError as error:
+            return error.reasons
+
+    def _plan(self) -> tuple[tuple[str, dict[str, AxisValue]], ...]:
+        """Label and changes of every distinct cell, the baseline first. A factorial's equal models are one cell."""
+        distinct: dict[str, tuple[str, dict[str, AxisValue]]] = {}
+        for changes in self._ablation.changes():
+            config, _ = self.build(changes)
+            distinct.setdefault(config.config_id, (label(changes), changes))
+        return tuple(distinct.values())
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Self:
+        found = list(problems(self))
+        if found:
+            raise located_error(found)
+        return self
+
+
+def _values(domain: AxisDomain) -> Sequence[AxisValue]:
+    """All values of a finite domain."""
+    match domain:
+        case Choices():
+            return domain.values
+        case IntegerRange():
+            return range(domain.low, domain.high + 1, domain.step)
+        case RealRange():
+            raise ValueError("the space has a range of real numbers: it cannot be listed")
+        case _:
+            assert_never(domain)
+
+
+def _n_values(domain: AxisDomain) -> float:
+    return math.inf if isinstance(domain, RealRange) else len(_values(domain))
+
+
+def _drawn(domain: AxisDomain, draw: random.Random) -> AxisValue:
+    """A random value, spread as the domain says."""
+    if isinstance(domain, Choices):
+        return draw.choice(domain.values)
+    if isinstance(domain, IntegerRange) and not domain.log:
+        return draw.choice(_values(domain))
+    if not domain.log:
+        return draw.uniform(domain.low, domain.high)
+    value = math.exp(draw.uniform(math.log(domain.low), math.log(domain.high)))
+    value = min(max(value, domain.low), domain.high)
+    return round(value) if isinstance(domain, IntegerRange) else value
+
+
+def _flat(value: object, path: str = "") -> dict[str, str]:
+    """The leaves of nested mappings as JSON, by dotted path; a list is a leaf."""
+    if isinstance(value, dict) and value:
+        nested = (_flat(part, f"{path}.{key}" if path else str(key)) for key, part in value.items())
+        return {key: text for part in nested for key, text in part.items()}
+    return {path: canonical_json(value)}
