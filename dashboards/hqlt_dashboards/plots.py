@@ -28,6 +28,7 @@ TRIAL_NUMBER = "trial_number"
 LOG_FROM_RATIO = 20.0  # largest over smallest value from which an axis is logarithmic
 MOST_NUMBERS_SHOWN = 15  # members named in a panel; more would overlap
 PANELS_A_ROW = 3
+LONGEST_LABEL = 40  # characters beside an axis of a plotly chart; a longer label puts its unit on a second line
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = (("o", "circle"), ("s", "square"), ("^", "triangle-up"), ("D", "diamond"), ("v", "triangle-down"))
@@ -92,8 +93,7 @@ def front_figure(results: StudyResults) -> Figure:
     for i, panel in enumerate(panels):
         axes = figure.add_subplot(n_rows, n_columns, i + 1)
         _draw_panel(axes, panel, dots, styles)
-    figure.suptitle(_title(results, dots), parse_math=False, fontsize=12)
-    _draw_legend(figure)
+    _finish(figure, _title(results, dots))
     return figure
 
 
@@ -106,16 +106,12 @@ def front_chart(results: StudyResults) -> go.Figure:
     chart = make_subplots(rows=n_rows, cols=n_columns)
     for i, panel in enumerate(panels):
         place = {"row": i // n_columns + 1, "col": i % n_columns + 1}
-        for trace in _panel_traces(panel, dots, styles, with_legend=i == 0):
+        for trace in _panel_traces(panel, dots, styles):
             chart.add_trace(trace, **place)
         chart.update_xaxes(**_plotly_axis(panel.x, [dot.values[panel.x] for dot in dots]), **place)
         chart.update_yaxes(**_plotly_axis(panel.y, [dot.values[panel.y] for dot in dots]), **place)
-    chart.update_layout(
-        template="plotly_white",
-        title={"text": html.escape(_title(results, dots))},
-        width=480 * n_columns + 260,
-        height=420 * n_rows + 80,
-        legend={"title": {"text": "mixers"}},
+    _finish_chart(
+        chart, _title(results, dots), styles, "markers", width=560 * n_columns + 260, height=480 * n_rows + 90
     )
     return chart
 
@@ -141,8 +137,7 @@ def curves_figure(results: StudyResults, metric: str) -> Figure:
     for kinds, style in styles.items():
         axes.plot([], [], color=style.colour, label=kinds)
     _label_axes(axes, "step", metric, [], [value for curve in curves for value in curve.values])
-    figure.suptitle(f"{results.name}: learning curves (bold: on the front)", parse_math=False, fontsize=12)
-    _draw_legend(figure)
+    _finish(figure, _curves_title(results))
     return figure
 
 
@@ -151,16 +146,14 @@ def curves_chart(results: StudyResults, metric: str) -> go.Figure:
     curves = list(_curves(results, metric))
     styles = _styles(curve.kinds for curve in curves)
     chart = go.Figure()
-    shown: set[str] = set()
     for curve in curves:
         chart.add_trace(
             go.Scatter(
                 x=curve.steps,
                 y=curve.values,
                 mode="lines",
-                name=curve.kinds,
                 legendgroup=curve.kinds,
-                showlegend=curve.kinds not in shown,
+                showlegend=False,
                 opacity=1.0 if curve.on_front else _PALE,
                 line={"color": styles[curve.kinds].colour, "width": 2.4 if curve.on_front else 1.0},
                 text=html.escape(describe(curve.record.config.arch)),
@@ -168,16 +161,9 @@ def curves_chart(results: StudyResults, metric: str) -> go.Figure:
                 "<extra></extra>",
             )
         )
-        shown.add(curve.kinds)
     chart.update_xaxes(**_plotly_axis("step", []))
     chart.update_yaxes(**_plotly_axis(metric, [value for curve in curves for value in curve.values]))
-    chart.update_layout(
-        template="plotly_white",
-        title={"text": html.escape(f"{results.name}: learning curves (bold: on the front)")},
-        width=860,
-        height=500,
-        legend={"title": {"text": "mixers"}},
-    )
+    _finish_chart(chart, _curves_title(results), styles, "lines", width=860, height=560)
     return chart
 
 
@@ -269,8 +255,9 @@ def _styles(kinds: Iterator[str] | Sequence[str]) -> dict[str, _Style]:
 
 
 def _curves(results: StudyResults, metric: str) -> Iterator[_Curve]:
+    """A curve for each seed that has readings, the front's last, so that they are drawn on top."""
     members = {member.record.number for member in front_members(results)}
-    for record in results.trials:
+    for record in sorted(results.trials, key=lambda record: record.number in members):
         replicas: tuple[ReplicaResult, ...] = record.replicas + record.replication
         for replica in replicas:
             points = [(p.step, p.metrics[metric]) for p in replica.curve if metric in p.metrics]
@@ -287,9 +274,14 @@ def _curves(results: StudyResults, metric: str) -> Iterator[_Curve]:
 
 def _title(results: StudyResults, dots: Sequence[_Dot]) -> str:
     n_front = sum(dot.on_front for dot in dots)
-    replicated = any(m.replicated for m in front_members(results))
-    seeds = ", on means over fresh seeds" if replicated else ""
-    return f"{results.name}: {len(dots)} trials with a result, {n_front} on the front{seeds}"
+    line = f"{results.name}: {n_front} of {len(dots)} trials with a result are on the front"
+    if any(member.replicated for member in front_members(results)):
+        line += "\nfront: means over fresh seeds, 95 % intervals; pale: what the search saw"
+    return line
+
+
+def _curves_title(results: StudyResults) -> str:
+    return f"{results.name}: learning curves, a line per seed (bold: on the front)"
 
 
 def _label(name: str) -> str:
@@ -376,15 +368,42 @@ def _column(reach: tuple[float, float] | None) -> list[list[float]] | None:
     return None if reach is None else [[reach[0]], [reach[1]]]
 
 
-def _draw_legend(figure: Figure) -> None:
+def _finish(figure: Figure, title: str) -> None:
+    """Title on the left and legend on the right, both outside the axes."""
+    figure.suptitle(title, x=0.01, horizontalalignment="left", parse_math=False, fontsize=11)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, title="mixers", loc="outside right upper", frameon=False)
+        figure.legend(handles, labels, title="mixers", loc="outside right center", frameon=False)
 
 
-def _panel_traces(
-    panel: _Panel, dots: Sequence[_Dot], styles: dict[str, _Style], *, with_legend: bool
-) -> Iterator[go.Scatter]:
+def _finish_chart(
+    chart: go.Figure, title: str, styles: dict[str, _Style], mode: str, *, width: int, height: int
+) -> None:
+    """Title, and a legend with an entry for each combination of mixers, which hides and shows its group."""
+    for kinds, style in styles.items():
+        # An entry without a point: the real traces may be pale, or empty for a combination that is not on the front.
+        chart.add_trace(
+            go.Scatter(
+                x=[None],
+                y=[None],
+                mode=mode,
+                name=kinds,
+                legendgroup=kinds,
+                showlegend=True,
+                line={"color": style.colour},
+                marker={"color": style.colour, "symbol": style.plotly_marker, "size": 10},
+            )
+        )
+    chart.update_layout(
+        template="plotly_white",
+        title={"text": html.escape(title).replace("\n", "<br>")},
+        legend={"title": {"text": "mixers"}},
+        width=width,
+        height=height,
+    )
+
+
+def _panel_traces(panel: _Panel, dots: Sequence[_Dot], styles: dict[str, _Style]) -> Iterator[go.Scatter]:
     if panel.staircase is not None:
         xs, ys = panel.staircase
         shape = "hv" if panel.holds_after else "vh"
@@ -394,16 +413,15 @@ def _panel_traces(
     for kinds, style in styles.items():
         for on_front in (False, True):
             chosen = [dot for dot in dots if dot.kinds == kinds and dot.on_front is on_front]
-            numbers = [str(dot.record.number) if on_front and len(dots) else "" for dot in chosen]
+            numbers = [str(dot.record.number) if on_front else "" for dot in chosen]
             yield go.Scatter(
                 x=[dot.values[panel.x] for dot in chosen],
                 y=[dot.values[panel.y] for dot in chosen],
                 mode="markers+text" if on_front else "markers",
                 text=numbers,
                 textposition="top right",
-                name=kinds,
                 legendgroup=kinds,
-                showlegend=with_legend and on_front,
+                showlegend=False,
                 customdata=[_details(dot) for dot in chosen],
                 hovertemplate="%{customdata}<extra></extra>",
                 error_x=_plotly_reach(chosen, panel.x),
@@ -431,7 +449,10 @@ def _plotly_reach(dots: Sequence[_Dot], name: str) -> dict[str, Any] | None:
 
 
 def _plotly_axis(name: str, values: Sequence[float]) -> dict[str, Any]:
-    axis: dict[str, Any] = {"title": {"text": html.escape(_label(name))}}
+    label = html.escape(_label(name))
+    if len(label) > LONGEST_LABEL:
+        label = label.replace(" (", "<br>(")
+    axis: dict[str, Any] = {"title": {"text": label}}
     if _is_log(name, values):
         axis |= {"type": "log"}
     if name.endswith("bytes") and values:
