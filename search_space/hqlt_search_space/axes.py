@@ -7,7 +7,6 @@ without a window) is refused instead. A search axis takes a list of choices or a
 `RealRange` are what a sampler sees of it.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -27,6 +26,7 @@ from hqlt_search_space.errors import InvalidArchError, UnknownNameError
 from hqlt_search_space.mixers import BlendName, Mixing, Positions, ShortConv, Window
 from hqlt_search_space.recipe import Recipe
 from hqlt_search_space.rules import BetaRange, FeatureMap, Normaliser, RuleName
+from hqlt_search_space.wording import in_words, sentence
 
 AxisValue = str | int | float | bool | None
 MixerName = Literal["attention", "fast_weight", "hybrid"]
@@ -254,7 +254,7 @@ def check_value(name: str, value: object) -> AxisValue:
     try:
         return _adapter(name).validate_python(value, strict=True)
     except ValidationError as error:
-        raise InvalidArchError(tuple(f"{name}: {e['msg']} (got {value!r})" for e in error.errors())) from None
+        raise InvalidArchError(tuple(f"{name}: {sentence(details, name)}" for details in error.errors())) from None
 
 
 def label(changes: Mapping[str, AxisValue]) -> str:
@@ -264,12 +264,3 @@ def label(changes: Mapping[str, AxisValue]) -> str:
     ('baseline', 'mixing=sum, window=null')
     """
     return ", ".join(f"{axis}={in_words(value)}" for axis, value in changes.items()) or "baseline"
-
-
-def in_words(value: AxisValue) -> str:
-    """An axis' value as the study file writes it.
-
-    >>> [in_words(value) for value in (None, True, 8, "sum")]
-    ['null', 'true', '8', 'sum']
-    """
-    return value if isinstance(value, str) else json.dumps(value)

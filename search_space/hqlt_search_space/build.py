@@ -33,6 +33,7 @@ from hqlt_search_space.rules import (
     RuleName,
     has_token_dependent_write,
 )
+from hqlt_search_space.wording import reasons
 
 Place = Literal["first", "second"]
 
@@ -78,9 +79,8 @@ def layer_pattern(n_layers: int, ratio: str, placement: Placement) -> tuple[Plac
     else:
         starts = {"first": 0, "last": n_layers - n_second, "middle": (n_layers - n_second) // 2}
         is_second = [starts[placement] <= i < starts[placement] + n_second for i in range(n_layers)]
-    first: Place = "first"
-    second: Place = "second"
-    return tuple(second if chosen else first for chosen in is_second)
+    pattern: list[Place] = ["second" if second else "first" for second in is_second]
+    return tuple(pattern)
 
 
 class _Settings:
@@ -112,20 +112,20 @@ def build_arch(settings: Mapping[str, AxisValue]) -> tuple[Arch, frozenset[str]]
     d_model: int = read.one("d_model")
     mlp_ratio: float | None = read.one("mlp_ratio")
     pattern = _pattern(read)
-    reasons: list[str] = []
+    found: list[str] = []
     mixers: dict[str, Mixer] = {}
     for place in dict.fromkeys(pattern):
         try:
             mixers[place] = _build_mixer(read, read.one(place))
         except InvalidArchError as error:
-            reasons += error.reasons
-    if reasons:
-        raise InvalidArchError(tuple(dict.fromkeys(reasons)))
+            found += error.reasons
+    if found:
+        raise InvalidArchError(tuple(dict.fromkeys(found)))
     inner = published_mlp_inner(d_model) if mlp_ratio is None else max(1, round(mlp_ratio * d_model))
     try:
         arch = Arch(d_model=d_model, mlp_inner=inner, layers=tuple(mixers[place] for place in pattern))
     except ValidationError as error:
-        raise InvalidArchError(reasons_of(error)) from None
+        raise InvalidArchError(reasons(error)) from None
     return arch, frozenset(read.asked)
 
 
@@ -136,22 +136,13 @@ def built_ratio(arch: Arch, settings: Mapping[str, AxisValue]) -> str:
     return f"{(arch.n_layers - n_second) // divisor}:{n_second // divisor}"
 
 
-def reasons_of(error: ValidationError) -> tuple[str, ...]:
-    """The sentences of a pydantic error, without its wrapping."""
-    return tuple(
-        str(details["ctx"]["error"])
-        if details["type"] == "value_error"
-        else f"{'.'.join(map(str, details['loc']))}: {details['msg']} (got {details['input']!r})"
-        for details in error.errors()
-    )
-
-
 def _pattern(read: _Settings) -> tuple[Place, ...]:
     """Where first and second stand. Two equal mixers are one, and then ratio and placement mean nothing."""
     n_layers: int = read.one("n_layers")
     peek = _Settings(read.values)
     if peek.one("first") == peek.one("second"):
-        return ("first",) * n_layers
+        alone: Place = "first"
+        return (alone,) * n_layers
     ratio: str = read.one("ratio")
     placement: Placement = peek.one("placement") if _is_pure(ratio) else read.one("placement")
     return layer_pattern(n_layers, ratio, placement)

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from hqlt_search_space.axes import AXES, MODEL_AXES, RECIPE_AXES, AxisValue, Choices, RealRange, label
@@ -12,6 +11,7 @@ from hqlt_search_space.errors import InvalidArchError
 from hqlt_search_space.recipe import Recipe
 from hqlt_search_space.space import Problem, Range
 from hqlt_search_space.tasks import metric_names
+from hqlt_search_space.wording import advice
 
 if TYPE_CHECKING:
     from hqlt_search_space.study import Ablation, Search, Study
@@ -38,18 +38,6 @@ def problems(study: "Study") -> Iterator[Problem]:
         yield from _ablation(study, study.ablation)
 
 
-def advice(name: str, known: Mapping[str, object] | tuple[str, ...]) -> str:
-    """`did you mean 'window'?`, or what there is.
-
-    >>> advice("windows", ("window", "rule"))
-    "did you mean 'window'?"
-    >>> advice("depth", ("window", "rule"))
-    'there is window, rule'
-    """
-    near = get_close_matches(name, tuple(known), n=1)
-    return f"did you mean {near[0]!r}?" if near else f"there is {', '.join(known)}"
-
-
 def _names(study: "Study") -> Iterator[Problem]:
     metrics = metric_names(study.task)
     for name in study.objectives:
@@ -57,9 +45,6 @@ def _names(study: "Study") -> Iterator[Problem]:
             yield ("objectives", name), "test metrics are only reported; use the validation metric", name
         elif name not in (*metrics, *COSTS):
             yield ("objectives", name), f"no metric or cost of that name; {advice(name, (*metrics, *COSTS))}", name
-    for name in study.constraints:
-        if name not in COSTS:
-            yield ("constraints", name), f"no cost of that name; {advice(name, tuple(COSTS))}", name
 
 
 def _early_stopping(study: "Study") -> Iterator[Problem]:

@@ -26,6 +26,7 @@ from hqlt_search_space.axes import (
     with_metadata,
 )
 from hqlt_search_space.spec import Spec
+from hqlt_search_space.wording import in_words, sentence
 
 Number = Annotated[
     Annotated[int, Tag("whole")] | Annotated[float, Tag("number")],
@@ -63,7 +64,7 @@ def _check_range(axis: Axis, value: Range) -> Range:
         try:
             TypeAdapter(axis.ends).validate_python(getattr(value, end), strict=True)
         except ValidationError as error:
-            problems += [(end, details["msg"]) for details in error.errors()]
+            problems += [(end, sentence(details, end)) for details in error.errors()]
     if not problems and value.low >= value.high:
         problems.append(("high", f"high {value.high} is not above low {value.low}"))
     if not problems and value.scale == "log" and value.low <= 0:
@@ -82,9 +83,8 @@ def _check_range(axis: Axis, value: Range) -> Range:
 
 def check_distinct(values: tuple[AxisValue, ...]) -> tuple[AxisValue, ...]:
     """`values`, if all differ."""
-    twice = [
-        ((i,), f"{value!r} is in the list already", value) for i, value in enumerate(values) if value in values[:i]
-    ]
+    repeated = [i for i, value in enumerate(values) if value in values[:i]]
+    twice = [((i,), f"{in_words(values[i])} is in the list already", values[i]) for i in repeated]
     if twice:
         raise located_error(twice)
     return values

@@ -25,9 +25,9 @@ from hqlt_search_space.axes import (
     check_value,
     label,
 )
-from hqlt_search_space.build import build_arch, built_ratio, reasons_of
+from hqlt_search_space.build import build_arch, built_ratio
 from hqlt_search_space.checks import problems
-from hqlt_search_space.cost import costs
+from hqlt_search_space.cost import COSTS, costs
 from hqlt_search_space.errors import InvalidArchError, MatchError
 from hqlt_search_space.match import COST_OF, matched
 from hqlt_search_space.recipe import Recipe
@@ -44,6 +44,7 @@ from hqlt_search_space.space import (
 from hqlt_search_space.spec import Spec, canonical_json, short_hash
 from hqlt_search_space.tasks import Task
 from hqlt_search_space.trial import Config, Objective, Seed
+from hqlt_search_space.wording import advice, reasons
 
 MAX_COMBINATIONS = 100_000
 """A finite space of more combinations than this is treated as an infinite one: not counted, only sampled."""
@@ -60,6 +61,15 @@ Name = Annotated[
 ]
 Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(check_distinct)]
 Positive = Annotated[float, Field(gt=0)]
+
+
+def _known_cost(name: str) -> str:
+    if name not in COSTS:
+        raise ValueError(f"no cost of that name; {advice(name, COSTS)}")
+    return name
+
+
+CostName = Annotated[str, AfterValidator(_known_cost), Field(json_schema_extra={"enum": list(COSTS)})]
 
 
 class Sampler(Spec):
@@ -210,7 +220,9 @@ class Study(Spec):
     objectives: Annotated[dict[str, Literal["minimize", "maximize"]], Field(min_length=1)] = Field(
         description="Validation metrics of the task, or costs."
     )
-    constraints: dict[str, Bounds] = Field(default={}, description="Cost -> bounds, checked before anything trains.")
+    constraints: dict[CostName, Bounds] = Field(
+        default={}, description="Cost -> bounds, checked before anything trains."
+    )
     early_stopping: EarlyStopping | None = None
     replication: Replication | None = None
     budget: Budget = Budget()
@@ -394,7 +406,7 @@ class Study(Spec):
         try:
             recipe = Recipe.model_validate({name: settings[name] for name in RECIPE_AXES if name in settings})
         except ValidationError as error:
-            raise InvalidArchError(reasons_of(error)) from None
+            raise InvalidArchError(reasons(error)) from None
         return Config(arch=arch, recipe=recipe, task=self.task), asked
 
     def _broken(self, config: Config) -> dict[str, float]:
