@@ -32,8 +32,8 @@ _WORKER_STARTS = 3  # workers that die before they are ready, in a row, before w
 
 
 @dataclass(frozen=True, order=True)
-class JobKey:
-    """An attempt: the trial's number, the replica's seed, and which try it is."""
+class AttemptKey:
+    """One try at one seed of a trial. Who has it in the ledger may commit its result, once."""
 
     number: int
     seed: int
@@ -44,7 +44,7 @@ class JobKey:
 class Job:
     """A trial with one seed, to be run in the folder `out`, which it shares with the trial's other seeds."""
 
-    key: JobKey
+    key: AttemptKey
     trial: Trial
     out: Path
 
@@ -53,7 +53,7 @@ class Job:
 class Measured:
     """Metrics at a step, as they come."""
 
-    key: JobKey
+    key: AttemptKey
     step: int
     metrics: dict[str, float]
     unix_ms: int
@@ -63,7 +63,7 @@ class Measured:
 class RungReached:
     """The job stands still until `answer` says whether it goes on."""
 
-    key: JobKey
+    key: AttemptKey
     step: int
     metrics: dict[str, float]
 
@@ -72,7 +72,7 @@ class RungReached:
 class Finished:
     """The job has a result, which may be a failure with its reason."""
 
-    key: JobKey
+    key: AttemptKey
     result: TrialResult
 
 
@@ -80,14 +80,14 @@ class Finished:
 class Paused:
     """The job was cancelled, wrote a checkpoint and ended."""
 
-    key: JobKey
+    key: AttemptKey
 
 
 @dataclass(frozen=True)
 class Crashed:
     """The job ended without a result: its process died, or a programmer's mistake got out of it."""
 
-    key: JobKey
+    key: AttemptKey
     message: str
 
 
@@ -116,13 +116,13 @@ class Executor(Protocol):
     def poll(self, timeout_s: float) -> list[Event]:
         """What happened since the last call; waits up to `timeout_s` for something to happen."""
 
-    def answer(self, key: JobKey, step: int, *, go_on: bool) -> None:
+    def answer(self, key: AttemptKey, step: int, *, go_on: bool) -> None:
         """Answer the RungReached of that step."""
 
-    def cancel(self, key: JobKey) -> None:
+    def cancel(self, key: AttemptKey) -> None:
         """Ask the job to write a checkpoint and stop: it ends as Paused, or Finished if it was faster."""
 
-    def kill(self, key: JobKey) -> None:
+    def kill(self, key: AttemptKey) -> None:
         """End the job's process: it ends as Crashed. For a job that does not answer."""
 
     def close(self) -> None:
@@ -144,8 +144,8 @@ class Worker:
         self._has_cuda = torch.cuda.is_available()
         self._capture = capture
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._answers: queue.SimpleQueue[tuple[JobKey, int, bool]] = queue.SimpleQueue()
-        self._cancelled: set[JobKey] = set()
+        self._answers: queue.SimpleQueue[tuple[AttemptKey, int, bool]] = queue.SimpleQueue()
+        self._cancelled: set[AttemptKey] = set()
 
     def has_cuda(self) -> bool:
         return self._has_cuda
@@ -202,10 +202,10 @@ class Worker:
                 found.append(self._events.get_nowait())
         return found
 
-    def answer(self, key: JobKey, step: int, go_on: bool) -> None:
+    def answer(self, key: AttemptKey, step: int, go_on: bool) -> None:
         self._answers.put((key, step, go_on))
 
-    def cancel(self, key: JobKey) -> None:
+    def cancel(self, key: AttemptKey) -> None:
         self._cancelled.add(key)
 
 
@@ -225,7 +225,7 @@ class InlineExecutor:
         if gpus and not self._worker.has_cuda():
             raise _no_gpu(gpus)
         self.device: Device = "cuda" if self._worker.has_cuda() and gpus != 0 else "cpu"
-        self._job: JobKey | None = None
+        self._job: AttemptKey | None = None
         self._thread: threading.Thread | None = None
 
     def free(self) -> int:
@@ -245,13 +245,13 @@ class InlineExecutor:
             self._job = None
         return found
 
-    def answer(self, key: JobKey, step: int, *, go_on: bool) -> None:
+    def answer(self, key: AttemptKey, step: int, *, go_on: bool) -> None:
         self._worker.answer(key, step, go_on)
 
-    def cancel(self, key: JobKey) -> None:
+    def cancel(self, key: AttemptKey) -> None:
         self._worker.cancel(key)
 
-    def kill(self, key: JobKey) -> None:
+    def kill(self, key: AttemptKey) -> None:
         """A thread cannot be killed; it is asked to stop."""
         self.cancel(key)
 
@@ -268,7 +268,7 @@ class _Slot:
     actor: Any
     waiting_for: Any
     ready: bool = False
-    job: JobKey | None = None
+    job: AttemptKey | None = None
     n_jobs: int = 0
 
 
@@ -289,16 +289,16 @@ class RayExecutor:
         self._temporary = None if _ray_is_running() else _start_ray(slots * cpus, address)
         import ray
 
-        self._ray = ray
+        self._ray: Any = ray  # most of it has no types
         self.slots = slots
-        n_gpus = ray.cluster_resources().get("GPU", 0.0)
+        n_gpus: float = self._ray.cluster_resources().get("GPU", 0.0)
         if gpus and n_gpus < gpus:
             self._stop_ray()
             raise _no_gpu(gpus) if not n_gpus else ResourceError(f"resources.gpu: {gpus} a trial; Ray has {n_gpus:g}")
         share = min(1.0, int(n_gpus / slots * 10_000) / 10_000) if gpus is None else gpus
         self.device: Device = "cuda" if share else "cpu"
         self._cpus = cpus
-        self._actor_class = ray.remote(Worker).options(
+        self._actor_class: Any = self._ray.remote(Worker).options(
             num_cpus=cpus,
             num_gpus=share,
             max_restarts=0,
@@ -366,19 +366,19 @@ class RayExecutor:
         self._ray.kill(slot.actor)
         self._slots[self._slots.index(slot)] = self._new_slot()
 
-    def answer(self, key: JobKey, step: int, *, go_on: bool) -> None:
+    def answer(self, key: AttemptKey, step: int, *, go_on: bool) -> None:
         for slot in self._of(key):
             slot.actor.answer.remote(key, step, go_on)
 
-    def cancel(self, key: JobKey) -> None:
+    def cancel(self, key: AttemptKey) -> None:
         for slot in self._of(key):
             slot.actor.cancel.remote(key)
 
-    def kill(self, key: JobKey) -> None:
+    def kill(self, key: AttemptKey) -> None:
         for slot in self._of(key):
             self._ray.kill(slot.actor)
 
-    def _of(self, key: JobKey) -> list[_Slot]:
+    def _of(self, key: AttemptKey) -> list[_Slot]:
         return [slot for slot in self._slots if slot.job == key]
 
     def close(self) -> None:
@@ -414,7 +414,7 @@ def _start_ray(n_cpus: int, address: str | None) -> str:
         os.environ["RAY_AUTH_MODE"] = "token"  # a driver does not look for the token of a running head by itself
     import ray
 
-    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is not None:
         try:
             ray.init(address=address, **quiet)

@@ -33,6 +33,8 @@ from hqlt_search_space.errors import StoreError, UnknownNameError
 from hqlt_search_space.trial import Config, ReplicaResult, TrialResult
 from sqlalchemy.exc import DBAPIError
 
+from hqlt_orchestration.executor import AttemptKey
+
 SCHEMA_VERSION = 1
 MAX_ATTEMPTS = 2  # a config that kills its worker twice will do so again; the rest of the study need not wait for it
 BUSY_TIMEOUT_S = 30.0
@@ -212,15 +214,6 @@ class DriverRow:
     beat_at: float
 
 
-@dataclass(frozen=True, order=True)
-class Lease:
-    """The right to run one attempt of one replica. Whoever holds it may commit its result, once."""
-
-    number: int
-    seed: int
-    attempt: int
-
-
 @dataclass(frozen=True)
 class NewTrial:
     """A trial that is not in the ledger yet."""
@@ -307,7 +300,7 @@ class Ledger:
         with self.read() as tx:
             row = tx.execute(sa.select(_studies).where(_studies.c.name == name)).one_or_none()
             if row is None:
-                known = tuple(tx.scalars(sa.select(_studies.c.name).order_by(_studies.c.name)))
+                known: tuple[str, ...] = tuple(tx.scalars(sa.select(_studies.c.name).order_by(_studies.c.name)))
                 raise UnknownNameError("study", name, known)
             return _study_row(row)
 
@@ -344,12 +337,17 @@ class Ledger:
             )
         return driver
 
+    def set_executor(self, driver: DriverId, executor: str) -> None:
+        """Say where the driver's trials run, once it is known."""
+        with self.write() as tx:
+            tx.execute(_drivers.update().where(_drivers.c.id == driver).values(executor=executor))
+
     def leave(self, driver: DriverId) -> None:
         """Say that this driver is gone in good order: what it still holds may be taken at once."""
         with self.write() as tx:
             tx.execute(_drivers.update().where(_drivers.c.id == driver).values(ended=True))
 
-    def beat(self, study: str, driver: DriverId, steps: Mapping[Lease, int]) -> list[Lease]:
+    def beat(self, study: str, driver: DriverId, steps: Mapping[AttemptKey, int]) -> list[AttemptKey]:
         """Show that the driver lives and how far its attempts are. Returns those a user has asked to cancel."""
         with self.write() as tx:
             tx.execute(
@@ -377,13 +375,13 @@ class Ledger:
                 for row in rows
             ]
 
-    def forget_drivers(self, study: str, dead: Iterable[DriverRow]) -> list[tuple[Lease, State]]:
+    def forget_drivers(self, study: str, dead: Iterable[DriverRow]) -> list[tuple[AttemptKey, State]]:
         """Take back every lease of `dead` drivers, unless they have beaten since they were read.
 
         An attempt that ran inside its driver (inline executor) may be what killed it, so it counts as a crash; under
         Ray a trial cannot kill its driver and the attempt is only lost.
         """
-        back: list[tuple[Lease, State]] = []
+        back: list[tuple[AttemptKey, State]] = []
         with self.write() as tx:
             for driver in dead:
                 changed = tx.execute(
@@ -398,23 +396,23 @@ class Ledger:
                 _attempts.c.study == study, _attempts.c.state == "running", _attempts.c.driver.in_(gone)
             )
             for row in tx.execute(left).all():
-                lease = Lease(row.number, row.seed, row.attempt)
+                lease = AttemptKey(row.number, row.seed, row.attempt)
                 back.append((lease, _end_attempt(tx, study, lease, "lost", "its driver left", crash=False)))
         return back
 
-    def _take_back(self, tx: sa.Connection, study: str, driver: DriverRow) -> list[tuple[Lease, State]]:
+    def _take_back(self, tx: sa.Connection, study: str, driver: DriverRow) -> list[tuple[AttemptKey, State]]:
         crash = driver.executor == "inline"
         held = sa.select(_attempts).where(_attempts.c.driver == driver.id, _attempts.c.state == "running")
-        back: list[tuple[Lease, State]] = []
+        back: list[tuple[AttemptKey, State]] = []
         for row in tx.execute(held).all():
-            lease = Lease(row.number, row.seed, row.attempt)
+            lease = AttemptKey(row.number, row.seed, row.attempt)
             message = f"its driver (pid {driver.pid} on {driver.host}) died"
             back.append((lease, _end_attempt(tx, study, lease, "crashed" if crash else "lost", message, crash=crash)))
         return back
 
     # Trials
 
-    def claim(self, study: str, new: NewTrial, driver: DriverId | None) -> tuple[int, Lease | None] | Refused:
+    def claim(self, study: str, new: NewTrial, driver: DriverId | None) -> tuple[int, AttemptKey | None] | Refused:
         """Take a new trial into the ledger if the budget has room and its config is new, and lease its first replica.
 
         One transaction, so drivers can neither overshoot the budget nor train a config twice. Without a driver nothing
@@ -422,25 +420,20 @@ class Ledger:
         """
         now = time.time()
         with self.write() as tx:
-            budget, taken, next_number = tx.execute(
-                sa.select(
-                    sa.select(_studies.c.budget).where(_studies.c.name == study).scalar_subquery(),
-                    sa.func.count(),
-                    sa.func.coalesce(sa.func.max(_trials.c.number) + 1, 0),
-                ).where(_trials.c.study == study)
-            ).one()
+            budget: int = tx.execute(sa.select(_studies.c.budget).where(_studies.c.name == study)).scalar_one()
+            number: int = tx.execute(sa.select(sa.func.count()).where(_trials.c.study == study)).scalar_one()
             same = sa.select(_trials.c.number).where(
                 _trials.c.study == study,
                 _trials.c.cell == new.cell if new.cell is not None else _trials.c.config_id == new.config.config_id,
             )
             if tx.execute(same).first() is not None:
                 return Refused("duplicate")
-            if taken >= budget:
+            if number >= budget:  # trials are numbered from 0 and never removed
                 return Refused("budget")
             tx.execute(
                 _trials.insert().values(
                     study=study,
-                    number=next_number,
+                    number=number,
                     phase=new.phase,
                     config_id=new.config.config_id,
                     config=new.config.canonical_json(),
@@ -452,25 +445,30 @@ class Ledger:
                     created_at=now,
                 )
             )
-            _add_replicas(tx, study, next_number, new.phase, new.seeds)
+            _add_replicas(tx, study, number, new.phase, new.seeds)
             lease = None
             if driver is not None:
-                lease = _lease(tx, study, next_number, new.seeds[0], driver)
-        return next_number, lease
+                lease = _lease(tx, study, number, new.seeds[0], driver)
+        return number, lease
 
     def add_replicas(self, study: str, number: int, phase: Phase, seeds: Iterable[int]) -> None:
         """Queue more seeds of a trial; seeds it already has are left as they are."""
         with self.write() as tx:
-            have = set(
+            have: set[int] = set(
                 tx.scalars(sa.select(_replicas.c.seed).where(_replicas.c.study == study, _replicas.c.number == number))
             )
             _add_replicas(tx, study, number, phase, [seed for seed in seeds if seed not in have])
 
-    def lease_next(self, study: str, driver: DriverId) -> Lease | None:
-        """Lease the first replica that waits or was paused, or None."""
+    def lease_next(self, study: str, driver: DriverId, phase: Phase) -> AttemptKey | None:
+        """Lease the first replica of a phase that waits or was paused, or None."""
         waiting = (
             sa.select(_replicas.c.number, _replicas.c.seed)
-            .where(_replicas.c.study == study, _replicas.c.state.in_(("waiting", "paused")), ~_replicas.c.cancelled)
+            .where(
+                _replicas.c.study == study,
+                _replicas.c.phase == phase,
+                _replicas.c.state.in_(("waiting", "paused")),
+                ~_replicas.c.cancelled,
+            )
             .order_by(_replicas.c.number, _replicas.c.seed)
             .limit(1)
         )
@@ -481,7 +479,7 @@ class Ledger:
             row = tx.execute(waiting).first()
             return _lease(tx, study, row.number, row.seed, driver) if row else None
 
-    def commit(self, study: str, lease: Lease, outcome: TrialResult) -> State | None:
+    def commit(self, study: str, lease: AttemptKey, outcome: TrialResult) -> State | None:
         """Store the result of an attempt, if that attempt still counts; then the trial's state, else None.
 
         Compare-and-set: an attempt that was taken back, or has a result, changes nothing.
@@ -503,7 +501,7 @@ class Ledger:
             return _sum_up(tx, study, lease.number)
 
     def release(
-        self, study: str, lease: Lease, how: Literal["paused", "crashed", "hung"], message: str | None = None
+        self, study: str, lease: AttemptKey, how: Literal["paused", "crashed", "hung"], message: str | None = None
     ) -> State | None:
         """End an attempt without a result. Returns the state of its replica, or None if the attempt had ended."""
         with self.write() as tx:
@@ -526,7 +524,7 @@ class Ledger:
             _sum_up(tx, study, number)
         return asked
 
-    def end_cancelled(self, study: str, lease: Lease) -> None:
+    def end_cancelled(self, study: str, lease: AttemptKey) -> None:
         """End an attempt that its user has cancelled: the replica is stopped, without a result."""
         with self.write() as tx:
             tx.execute(
@@ -609,6 +607,15 @@ class Ledger:
             rows = tx.execute(query.order_by(_attempts.c.number, _attempts.c.seed, _attempts.c.attempt))
             return [AttemptRow(**{name: getattr(row, name) for name in names}) for row in rows]
 
+    def n_unfinished(self, study: str, phase: Phase) -> int:
+        """Replicas of a phase that have neither a result nor been given up, whoever runs them."""
+        with self.read() as tx:
+            return tx.execute(
+                sa.select(sa.func.count()).where(
+                    _replicas.c.study == study, _replicas.c.phase == phase, _replicas.c.state.not_in(FINISHED)
+                )
+            ).scalar_one()
+
     def counts(self, study: str) -> dict[State, int]:
         """Trials by state; every state is a key."""
         states: tuple[State, ...] = ("complete", "stopped", "failed", "running", "waiting", "paused", "quarantined")
@@ -616,7 +623,7 @@ class Ledger:
             rows = tx.execute(
                 sa.select(_trials.c.state, sa.func.count()).where(_trials.c.study == study).group_by(_trials.c.state)
             )
-            by_state = dict(rows.tuples().all())
+            by_state: dict[str, int] = dict(rows.tuples().all())
         return {state: by_state.get(state, 0) for state in states}
 
     # Rungs
@@ -644,7 +651,7 @@ def driver_is_dead(driver: DriverRow) -> bool | None:
     if driver.boot_id != _boot_id():
         return True
     try:
-        return abs(psutil.Process(driver.pid).create_time() - driver.process_start) > 1.0
+        return bool(abs(psutil.Process(driver.pid).create_time() - driver.process_start) > 1.0)
     except psutil.NoSuchProcess:
         return True
 
@@ -788,7 +795,7 @@ def _boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def _is(table: sa.Table, study: str, lease: Lease) -> sa.ColumnElement[bool]:
+def _is(table: sa.Table, study: str, lease: AttemptKey) -> sa.ColumnElement[bool]:
     return sa.and_(
         table.c.study == study,
         table.c.number == lease.number,
@@ -819,8 +826,8 @@ def _add_replicas(tx: sa.Connection, study: str, number: int, phase: Phase, seed
         tx.execute(_replicas.insert(), rows)
 
 
-def _lease(tx: sa.Connection, study: str, number: int, seed: int, driver: DriverId) -> Lease:
-    attempt = tx.execute(
+def _lease(tx: sa.Connection, study: str, number: int, seed: int, driver: DriverId) -> AttemptKey:
+    attempt: int = tx.execute(
         _replicas.update()
         .where(_is_replica(study, number, seed))
         .values(state="running", attempts=_replicas.c.attempts + 1)
@@ -839,15 +846,17 @@ def _lease(tx: sa.Connection, study: str, number: int, seed: int, driver: Driver
         )
     )
     _sum_up(tx, study, number)
-    return Lease(number, seed, attempt)
+    return AttemptKey(number, seed, attempt)
 
 
-def _end_attempt(tx: sa.Connection, study: str, lease: Lease, how: str, message: str | None, *, crash: bool) -> State:
+def _end_attempt(
+    tx: sa.Connection, study: str, lease: AttemptKey, how: str, message: str | None, *, crash: bool
+) -> State:
     tx.execute(
         _attempts.update().where(_is(_attempts, study, lease)).values(state=how, ended_at=time.time(), message=message)
     )
     where = _is_replica(study, lease.number, lease.seed)
-    crashes = tx.execute(
+    crashes: int = tx.execute(
         _replicas.update().where(where).values(crashes=_replicas.c.crashes + int(crash)).returning(_replicas.c.crashes)
     ).scalar_one()
     state: State = "paused" if how == "paused" else "quarantined" if crashes >= MAX_ATTEMPTS else "waiting"
@@ -859,7 +868,7 @@ def _end_attempt(tx: sa.Connection, study: str, lease: Lease, how: str, message:
 def _sum_up(tx: sa.Connection, study: str, number: int) -> State:
     """Set a trial's state from the replicas it was made with; fresh seeds of a replication do not change it."""
     mine = sa.and_(_replicas.c.study == study, _replicas.c.number == number, _replicas.c.phase != "replicate")
-    states = set(tx.scalars(sa.select(_replicas.c.state).where(mine).distinct()))
+    states: set[State] = set(tx.scalars(sa.select(_replicas.c.state).where(mine).distinct()))
     # An unfinished replica outweighs a finished one, and a failure outweighs a success.
     order: tuple[State, ...] = ("running", "paused", "waiting", "quarantined", "failed", "stopped", "complete")
     state = next(state for state in order if state in states)

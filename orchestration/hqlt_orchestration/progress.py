@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -75,12 +75,10 @@ class ProgressView:
 
     def _move(self, bar: Progress, standing: Standing) -> None:
         left = f"{_duration(standing.seconds_left)} left" if standing.seconds_left is not None else ""
-        fields = {"left": left, "best": standing.best}
+        fields: dict[str, Any] = {"left": left, "best": standing.best}
         if self._task is None:
             self._task = bar.add_task(standing.phase, total=standing.total, **fields)
-        bar.update(
-            self._task, description=standing.phase, completed=standing.done, total=standing.total, **fields
-        )
+        bar.update(self._task, description=standing.phase, completed=standing.done, total=standing.total, **fields)
 
     def _is_news(self, standing: Standing) -> bool:
         if self._shown is None or standing.phase != self._shown.phase:

@@ -198,11 +198,13 @@ class Proposer:
             return {}
         shares: dict[str, dict[str, float]] = {}
         for index, name in enumerate(self._study.objectives):
+
+            def target(trial: FrozenTrial, index: int = index) -> float:
+                return float(trial.values[index])
+
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                found = optuna.importance.get_param_importances(
-                    self._optuna, params=varied, target=lambda trial, i=index: float(trial.values[i])
-                )
+                found = optuna.importance.get_param_importances(self._optuna, params=varied, target=target)
             shares[name] = dict(found)
         return shares
 

@@ -36,7 +36,7 @@ Record = dict[str, Any]
 class Spool:
     """The driver's end: appends records and keeps a writer process running."""
 
-    def __init__(self, folder: Path, name: str, *, uri: str, artifacts: Path) -> None:
+    def __init__(self, folder: Path, name: str, uri: str, artifacts: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._file: IO[str] = (folder / f"{name}.jsonl").open("a", encoding="utf-8")
@@ -75,12 +75,22 @@ def start_writer(folder: Path, *, uri: str, artifacts: Path) -> "subprocess.Pope
         )
 
 
+def delete_experiment(uri: str, study: str) -> None:
+    """Mark the experiment of a study as deleted, in MLflow's own way: it can be restored there."""
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        return
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name(study)
+    if experiment is not None:
+        # A deleted experiment keeps its name, so a new study could not have it.
+        client.rename_experiment(experiment.experiment_id, f"{study} (deleted {time.time():.0f})")
+        client.delete_experiment(experiment.experiment_id)
+
+
 def unshipped_bytes(folder: Path) -> int:
     return sum(path.stat().st_size - Position.read(path).done for path in folder.glob("*.jsonl"))
-
-
-def default_uri(data: Path) -> str:
-    return f"sqlite:///{data.resolve() / 'mlflow.db'}"
 
 
 @dataclass(frozen=True)

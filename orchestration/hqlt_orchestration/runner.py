@@ -1,0 +1,572 @@
+"""The study loop: propose, run, decide, commit, tell, until the budget is spent; then replicate the front."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from statistics import fmean
+from types import FrameType
+from typing import TYPE_CHECKING, Literal, assert_never
+
+from hqlt_dashboards.front import front, front_hypervolume, ranks
+from hqlt_dashboards.words import describe, format_value, spoken
+from hqlt_search_space.cost import costs
+from hqlt_search_space.study import Study
+from hqlt_search_space.trial import ReplicaResult, Runtime, StudyResults, Trial, TrialRecord, TrialResult
+
+from hqlt_orchestration import early_stopping
+from hqlt_orchestration.executor import (
+    LOG_FILE,
+    AttemptKey,
+    Crashed,
+    Event,
+    Executor,
+    Finished,
+    Job,
+    Measured,
+    Paused,
+    RungReached,
+    replica_folder,
+)
+from hqlt_orchestration.ledger import (
+    FINISHED,
+    DriverWatch,
+    Ledger,
+    NewTrial,
+    Phase,
+    Refused,
+    State,
+    TrialRow,
+)
+from hqlt_orchestration.progress import Estimate, ProgressView, Standing
+from hqlt_orchestration.results import minimised, objectives_of, trial_record
+from hqlt_orchestration.store import Store
+
+if TYPE_CHECKING:
+    from hqlt_orchestration.sampler import Proposer
+    from hqlt_orchestration.tracking import Spool
+
+BEAT_S = 5.0  # between two signs of life; a driver elsewhere is given up after ledger.STALE_DRIVER_S
+POLL_S = 0.5  # the longest that Ctrl-C waits to be noticed
+IDLE_S = 0.2  # between two looks when only other drivers have work
+MIRROR_S = 2.0  # between two updates of front ranks and hypervolume in MLflow
+PAUSE_GRACE_S = 30.0  # a paused trial writes its checkpoint within this time, or loses what came after the last one
+
+Ending = Literal["complete", "paused"]
+
+
+class Interrupts:
+    """Ctrl-C and SIGTERM: the first asks the loop to end in good order, the second ends the process."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Handle the signals meanwhile. Only the main thread can; elsewhere nothing is handled."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _ask(self, _number: int, _frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+@dataclass
+class _Running:
+    """An attempt that this driver runs."""
+
+    trial: TrialRow
+    step: int = 0
+    cancelled: bool = False
+
+
+class Driver:
+    """Runs one study with one executor. Any number of drivers, on any machines, may run the same study."""
+
+    def __init__(
+        self,
+        study: Study,
+        *,
+        store: Store,
+        ledger: Ledger,
+        executor: Callable[[], Executor],
+        proposer: "Proposer | None",
+        spool: "Spool | None",
+        view: ProgressView,
+        interrupts: Interrupts,
+    ) -> None:
+        """`executor` is called when the first trial is to run: what can be done while Ray starts is done before."""
+        self._study = study
+        self._name = study.name
+        self._store = store
+        self._ledger = ledger
+        self._start_executor = executor
+        self._proposer = proposer
+        self._spool = spool
+        self._view = view
+        self._interrupts = interrupts
+        self._budget = ledger.study(study.name).budget
+        self._watch = DriverWatch()
+        self._estimate = Estimate()
+        self._records: dict[int, TrialRecord] = {}
+        self._rows: dict[int, TrialRow] = {}
+        self._taken: set[str] = set()
+        self._running: dict[AttemptKey, _Running] = {}
+        self._phase: Phase = "ablate" if study.ablation else "search"
+        self._mirrored: dict[int, tuple[float, ...]] = {}  # what MLflow's front was last drawn from
+        self._some_wait = True  # a replica may wait in the ledger
+        self._all_proposed = study.search is None
+        self._n_fresh = 0  # replicas of the replication, and those of them that have ended
+        self._n_fresh_done = 0
+        self._next_beat = 0.0
+        self._next_mirror = 0.0
+
+    def run(self) -> Ending:
+        """Run the study to its end, or until an interrupt."""
+        self._read_ledger()
+        self._driver = self._ledger.enter(self._name, "starting")
+        try:
+            self._adopt()
+            self._executor = self._start_executor()
+            self._ledger.set_executor(self._driver, self._executor.name)
+            try:
+                return self._run_phases()
+            finally:
+                self._executor.close()
+        finally:
+            self._ledger.leave(self._driver)
+
+    def _run_phases(self) -> Ending:
+        phases: list[Phase] = [self._phase]
+        if self._study.search is not None and self._study.replication is not None:
+            phases.append("replicate")
+        with self._interrupts.watched():
+            for phase in phases:
+                self._begin(phase)
+                while not self._is_done(phase):
+                    if self._interrupts.asked:
+                        self._pause()
+                        return "paused"
+                    self._fill()
+                    self._wait()
+                    self._keep_house()
+                self._end(phase)
+        return "complete"
+
+    # Start and end
+
+    def _read_ledger(self) -> None:
+        replicas = self._ledger.replicas(self._name)
+        for row in self._ledger.trials(self._name):
+            self._rows[row.number] = row
+            self._taken.add(row.config.config_id)
+            if row.state in FINISHED:
+                own = [replica for replica in replicas if replica.number == row.number]
+                self._records[row.number] = trial_record(self._study, row, own)
+
+    def _adopt(self) -> None:
+        """Take over from drivers that are dead, and bring Optuna to where the ledger is."""
+        self._take_back()
+        if self._proposer is None:
+            return
+        known = self._proposer.known()
+        for number, row in self._rows.items():
+            if number not in known:
+                self._proposer.accept(number, row.proposal)
+            if row.state in FINISHED and not known.get(number, False):
+                self._tell(number, row.state)
+
+    def _begin(self, phase: Phase) -> None:
+        self._phase = phase
+        self._some_wait = True
+        if phase == "ablate":
+            for cell in self._study.cells():
+                new = NewTrial(phase, cell.config, cell.choices, costs(cell.config), self._study.seeds, cell=cell.label)
+                self._ledger.claim(self._name, new, None)
+            self._rows = {row.number: row for row in self._ledger.trials(self._name)}
+        if phase == "replicate":
+            assert self._study.replication is not None
+            for record in self._front():
+                self._ledger.add_replicas(self._name, record.number, phase, self._study.replication.seeds)
+            fresh = [replica for replica in self._ledger.replicas(self._name) if replica.phase == phase]
+            self._n_fresh = len(fresh)
+            self._n_fresh_done = sum(replica.state in FINISHED for replica in fresh)
+        self._put("phase", file_text=self._ledger.study(self._name).file_text, study_json=self._study.canonical_json())
+        self._estimate.start(self._n_done())
+        self._show()
+
+    def _end(self, phase: Phase) -> None:
+        self._mirror_front()
+        self._put("phase_end", artifacts=[])
+        self._flush()
+
+    def _is_done(self, phase: Phase) -> bool:
+        if self._running or not self._all_proposed:
+            return False
+        return self._ledger.n_unfinished(self._name, phase) == 0
+
+    def _pause(self) -> None:
+        """Let every running trial write its checkpoint and stop."""
+        self._view.say("stopping: trials write their checkpoints")
+        for key in self._running:
+            self._executor.cancel(key)
+        deadline = time.monotonic() + PAUSE_GRACE_S
+        while self._running and time.monotonic() < deadline:
+            self._handle_all(self._executor.poll(POLL_S))
+        for key in list(self._running):
+            self._ledger.release(self._name, key, "paused", "no checkpoint in time")
+            del self._running[key]
+        self._flush()
+
+    # The loop's four steps
+
+    def _fill(self) -> None:
+        while self._executor.free() and not self._interrupts.asked:
+            key = self._next_lease()
+            if key is None:
+                return
+            self._submit(key)
+
+    def _wait(self) -> None:
+        if self._running or not self._executor.free():
+            self._handle_all(self._executor.poll(POLL_S))
+        else:
+            time.sleep(IDLE_S)
+            self._some_wait = True
+
+    def _keep_house(self) -> None:
+        now = time.monotonic()
+        if now >= self._next_beat:
+            self._next_beat = now + BEAT_S
+            steps = {key: running.step for key, running in self._running.items()}
+            for key in self._ledger.beat(self._name, self._driver, steps):
+                self._running[key].cancelled = True
+                self._executor.cancel(key)
+            self._take_back()
+            self._budget = self._ledger.study(self._name).budget
+            self._some_wait = True
+            self._show()
+        if now >= self._next_mirror:
+            self._next_mirror = now + MIRROR_S
+            self._mirror_front()
+            self._flush()
+
+    def _take_back(self) -> None:
+        dead = self._watch.dead(driver for driver in self._ledger.drivers(self._name) if driver.id != self._driver)
+        for key, state in self._ledger.forget_drivers(self._name, dead):
+            self._view.say(f"trial {key.number}, seed {key.seed}: its driver is gone; {_now(state)}")
+            self._some_wait = True
+
+    # New work
+
+    def _next_lease(self) -> AttemptKey | None:
+        if self._some_wait:
+            key = self._ledger.lease_next(self._name, self._driver, self._phase)
+            if key is not None:
+                return key
+            self._some_wait = False
+        if self._phase != "search" or self._proposer is None:
+            return None
+        return self._propose(self._proposer)
+
+    def _propose(self, proposer: "Proposer") -> AttemptKey | None:
+        from hqlt_orchestration.sampler import Exhausted
+
+        while len(self._taken) < self._budget:
+            try:
+                proposal = proposer.propose(len(self._taken), self._taken.__contains__, len(self._taken))
+            except Exhausted as reason:
+                self._note_the_end(str(reason))
+                return None
+            new = NewTrial(
+                "search", proposal.config, proposal.choices, proposal.costs, self._study.seeds, None, proposal.stored()
+            )
+            claimed = self._ledger.claim(self._name, new, self._driver)
+            if isinstance(claimed, Refused):  # another driver was faster
+                self._read_ledger()
+                continue
+            number, key = claimed
+            proposer.accept(number, proposal.stored())
+            self._taken.add(proposal.config.config_id)
+            self._rows[number] = TrialRow(
+                number, "search", proposal.config, proposal.choices, None, proposal.costs, {}, "running"
+            )
+            self._some_wait = len(self._study.seeds) > 1
+            return key
+        self._all_proposed = True
+        return None
+
+    def _note_the_end(self, reason: str) -> None:
+        self._all_proposed = True
+        if self._running or self._ledger.n_unfinished(self._name, "search"):
+            reason += "; the search ends with the trials that run"
+        self._view.say(reason)
+        self._ledger.update_study(self._name, note=reason)
+
+    def _submit(self, key: AttemptKey) -> None:
+        row = self._rows.get(key.number) or self._ledger.trial(self._name, key.number)
+        self._rows[key.number] = row
+        trial = self._trial(row, key.seed)
+        self._put(
+            "trial",
+            number=row.number,
+            name=f"{row.number} {row.cell or describe(row.config.arch)}"[:250],
+            params={**row.choices, "mixers": describe(row.config.arch)},
+            tags={"hqlt.trial_id": row.config.config_id},
+            trial_json=trial.model_dump_json(indent=1),
+        )
+        self._running[key] = _Running(row)
+        self._executor.submit(Job(key, trial, self._store.trial_folder(self._name, row.number)))
+
+    def _trial(self, row: TrialRow, seed: int) -> Trial:
+        stopping = self._study.early_stopping
+        rungs = stopping.rungs if stopping is not None and self._phase == "search" else ()
+        return Trial(
+            config=row.config,
+            seeds=(seed,),
+            rungs=tuple(rung for rung in rungs if rung < row.config.recipe.steps),
+            runtime=Runtime(device=self._executor.device, n_threads=max(1, int(self._study.resources.cpu))),
+            study=self._name,
+            number=row.number,
+        )
+
+    # What happens to running trials
+
+    def _handle_all(self, events: list[Event]) -> None:
+        for event in events:
+            if event.key in self._running:
+                self._handle(event)
+        if events:
+            self._show()
+
+    def _handle(self, event: Event) -> None:
+        match event:
+            case Measured(key, step, metrics, unix_ms):
+                self._running[key].step = step
+                self._put_metrics(key, step, metrics, unix_ms)
+            case RungReached(key, step, metrics):
+                self._executor.answer(key, step, go_on=self._goes_on(key, step, metrics))
+            case Finished(key, outcome):
+                self._commit(key, outcome)
+            case Paused(key):
+                running = self._running.pop(key)
+                if running.cancelled:
+                    self._ledger.end_cancelled(self._name, key)
+                    self._view.say(f"trial {key.number}, seed {key.seed}: cancelled at step {running.step}")
+                    self._trial_ended(running.trial, "stopped")
+                else:
+                    self._ledger.release(self._name, key, "paused")
+            case Crashed(key, message):
+                running = self._running.pop(key)
+                state = self._ledger.release(self._name, key, "crashed", message)
+                last = message.strip().splitlines()[-1]
+                if state is not None:
+                    self._view.say(f"trial {key.number}, seed {key.seed}: {last}; {_now(state)}")
+                self._some_wait = True
+                if state == "quarantined":
+                    self._trial_ended(running.trial, state)
+            case _:
+                assert_never(event)
+
+    def _goes_on(self, key: AttemptKey, step: int, metrics: dict[str, float]) -> bool:
+        stopping = self._study.early_stopping
+        values = self._objectives_at(key.number, metrics)
+        if stopping is None or values is None or self._phase != "search":
+            return True
+        everyone = self._ledger.record_rung(self._name, key.number, key.seed, step, values)
+        points = {other: minimised(self._study, reached) for other, reached in everyone.items()}
+        return early_stopping.goes_on(
+            points, (key.number, key.seed), eta=stopping.eta, min_competitors=stopping.min_competitors
+        )
+
+    def _objectives_at(self, number: int, metrics: dict[str, float]) -> dict[str, float] | None:
+        reading = ReplicaResult(seed=0, status="complete", step=0, metrics=metrics)
+        return objectives_of(self._study, self._rows[number].costs, [reading])
+
+    def _commit(self, key: AttemptKey, outcome: TrialResult) -> None:
+        running = self._running.pop(key)
+        (result,) = outcome.replicas
+        if result.reason == "disk_full":
+            # Not the trial's fault, and the next ones would fail the same way.
+            self._ledger.release(self._name, key, "paused", result.message)
+            self._view.say(f"trial {key.number}, seed {key.seed}: {result.message}; free some space and resume")
+            self._interrupts.asked = True
+            return
+        state = self._ledger.commit(self._name, key, outcome)
+        if state is None:
+            self._view.say(f"trial {key.number}, seed {key.seed}: finished, but another driver had taken it over")
+            return
+        if result.status == "failed":
+            left = self._n_total() - self._n_done()
+            self._view.say(f"trial {key.number}: {result.message or result.reason}: marked failed, {left} go on")
+        self._put_metrics(key, result.step, final_metrics(result), None)
+        if self._phase == "replicate" or state in FINISHED:
+            self._trial_ended(running.trial, state)
+
+    def _trial_ended(self, row: TrialRow, state: State) -> None:
+        """Every replica the trial was made with has ended: score it, and tell Optuna and MLflow."""
+        if self._phase == "replicate":
+            self._replica_ended(row)
+            return
+        row = replace(row, state=state)
+        self._rows[row.number] = row
+        record = trial_record(self._study, row, self._ledger.replicas(self._name, row.number))
+        self._records[row.number] = record
+        self._tell(row.number, state)
+        self._put_trial_end(row.number, state, record.replicas, record.objectives)
+
+    def _replica_ended(self, row: TrialRow) -> None:
+        """One fresh seed of a trial of the front has ended."""
+        self._n_fresh_done += 1
+        replicas = self._ledger.replicas(self._name, row.number)
+        record = trial_record(self._study, self._rows[row.number], replicas)
+        self._records[row.number] = record
+        fresh = [replica for replica in replicas if replica.phase == "replicate"]
+        if all(replica.state in FINISHED for replica in fresh):
+            self._put_trial_end(row.number, "complete", record.replication, {})
+
+    def _tell(self, number: int, state: State) -> None:
+        if self._proposer is None:
+            return
+        objectives = self._records[number].objectives
+        values = [objectives[name] for name in self._study.objectives] if objectives else None
+        stopped = any(replica.status == "stopped" for replica in self._records[number].replicas)
+        self._proposer.tell(number, values, stopped=state == "stopped" and stopped)
+
+    # What is shown
+
+    def _front(self) -> tuple[TrialRecord, ...]:
+        results = self._results()
+        return front(results.trials, results.objectives, results.constraints)
+
+    def _results(self) -> StudyResults:
+        """The ended trials as they are in memory, without reading the ledger again."""
+        return StudyResults.model_construct(
+            name=self._name,
+            objectives=self._study.objective_list,
+            trials=tuple(self._records[number] for number in sorted(self._records)),
+            budget=self._budget,
+            constraints={cost: (bounds.min, bounds.max) for cost, bounds in self._study.constraints.items()},
+            importances={},
+        )
+
+    def _n_total(self) -> int:
+        """Of what the phase counts: trials, or in the replication replicas."""
+        if self._phase == "replicate":
+            return self._n_fresh
+        return len(self._rows) if self._all_proposed else self._budget
+
+    def _n_done(self) -> int:
+        return self._n_fresh_done if self._phase == "replicate" else len(self._records)
+
+    def _show(self) -> None:
+        done, total = self._n_done(), self._n_total()
+        members = self._front()
+        self._view.show(
+            Standing(
+                phase=self._phase,
+                done=done,
+                total=total,
+                running=len(self._running),
+                failed=sum(record.state in ("failed", "quarantined") for record in self._records.values()),
+                best=self._best(members),
+                on_front=len(members),
+                seconds_left=self._estimate.seconds_left(done, total),
+            )
+        )
+
+    def _best(self, members: tuple[TrialRecord, ...]) -> str:
+        if not members:
+            return ""
+        name = next(iter(self._study.objectives))
+        value = format_value(name, members[0].objectives[name])
+        return f"best {spoken(name)} {value}, {len(members)} on the front"
+
+    # The mirror: nothing here waits for MLflow
+
+    def _put(self, kind: str, **values: object) -> None:
+        if self._spool is not None:
+            self._spool.put(kind, phase=self._phase, **values)
+
+    def _put_metrics(self, key: AttemptKey, step: int, metrics: dict[str, float], unix_ms: int | None) -> None:
+        """Metrics of one seed; of several seeds each has a curve of its own."""
+        n_seeds = len(self._study.seeds)
+        if self._phase == "replicate":
+            assert self._study.replication is not None
+            n_seeds = len(self._study.replication.seeds)
+        named = metrics if n_seeds == 1 else {f"{name}/seed-{key.seed}": value for name, value in metrics.items()}
+        stamp = {} if unix_ms is None else {"unix_ms": unix_ms}
+        self._put("metrics", number=key.number, step=step, metrics=named, **stamp)
+
+    def _put_trial_end(
+        self, number: int, state: State, replicas: tuple[ReplicaResult, ...], objectives: dict[str, float]
+    ) -> None:
+        row = self._rows[number]
+        folder = self._store.trial_folder(self._name, number)
+        artifacts = [folder / replica.checkpoint for replica in replicas if replica.checkpoint]
+        artifacts += [replica_folder(folder, replica.seed) / LOG_FILE for replica in replicas[:1]]
+        reasons = {replica.reason for replica in replicas if replica.reason}
+        messages = [replica.message for replica in replicas if replica.message]
+        self._put(
+            "trial_end",
+            number=number,
+            state=state,
+            step=max((replica.step for replica in replicas), default=0),
+            metrics={**row.costs, **means(replicas)} | {f"objective/{n}": value for n, value in objectives.items()},
+            tags={"error.type": ", ".join(sorted(reasons)), "error.message": messages[0][:5000]} if reasons else {},
+            artifacts=[str(path) for path in artifacts],
+        )
+
+    def _mirror_front(self) -> None:
+        if self._spool is None or not self._records:
+            return
+        points = {
+            record.number: minimised(self._study, record.objectives)
+            for record in self._records.values()
+            if record.objectives
+        }
+        if points == self._mirrored:
+            return
+        self._mirrored = points
+        rank_of = dict(zip(points, ranks(list(points.values())), strict=True))
+        self._put("front", step=len(points), hypervolume=front_hypervolume(self._results()), ranks=rank_of)
+
+    def _flush(self) -> None:
+        if self._spool is not None:
+            self._spool.flush()
+
+
+def final_metrics(result: ReplicaResult) -> dict[str, float]:
+    """What a replica ended with: its metrics, knock-outs and gates by name."""
+    found = dict(result.metrics)
+    for knock_out in result.knock_outs:
+        found |= {f"without_{knock_out.silenced}/{name}": value for name, value in knock_out.metrics.items()}
+    for gate in result.gates:
+        found |= {f"gate_fw/layer-{gate.layer}": gate.fw, f"gate_kv/layer-{gate.layer}": gate.kv}
+    extra = {name: getattr(result, name) for name in ("tokens_per_second", "train_seconds", "peak_memory_bytes")}
+    return found | {name: float(value) for name, value in extra.items() if value is not None}
+
+
+def means(replicas: tuple[ReplicaResult, ...]) -> dict[str, float]:
+    """The mean over several complete replicas of each metric; nothing for one, whose metrics stand already."""
+    complete = [replica.metrics for replica in replicas if replica.status == "complete"]
+    if len(complete) < 2:
+        return {}
+    shared = set.intersection(*(set(metrics) for metrics in complete))
+    return {name: fmean(metrics[name] for metrics in complete) for name in sorted(shared)}
+
+
+def _now(state: State) -> str:
+    """What becomes of a replica whose attempt ended without a result."""
+    return {"waiting": "it is tried again", "quarantined": "that was its last try: quarantined"}.get(state, state)

@@ -1,0 +1,70 @@
+"""Where a user's things live: one folder, and the databases in it unless others were named."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hqlt_search_space.errors import StoreError
+
+if TYPE_CHECKING:
+    from hqlt_orchestration.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class Store:
+    """The data folder, and the URLs of the study database and of MLflow where they are elsewhere.
+
+    hqlt.db                      Optuna's tables and the ledger
+    mlflow.db, mlflow-artifacts  what `hqlt ui` shows
+    studies/NAME/trials/N        checkpoints and logs of trial N, a folder for each seed
+    studies/NAME/spool           what MLflow is still to be told
+    reruns                       what `hqlt rerun` made
+    """
+
+    data: Path
+    database: str | None = None
+    mlflow: str | None = None
+
+    @property
+    def url(self) -> str:
+        return self.database or f"sqlite:///{self.data.resolve() / 'hqlt.db'}"
+
+    @property
+    def mlflow_uri(self) -> str:
+        return self.mlflow or f"sqlite:///{self.data.resolve() / 'mlflow.db'}"
+
+    @property
+    def artifacts(self) -> Path:
+        return self.data / "mlflow-artifacts"
+
+    def study_folder(self, study: str) -> Path:
+        """`study` is a name that the study schema or the ledger has let through: it cannot lead out of the folder."""
+        return self.data / "studies" / study
+
+    def trial_folder(self, study: str, number: int) -> Path:
+        return self.study_folder(study) / "trials" / f"{number:04d}"
+
+    def spool_folder(self, study: str) -> Path:
+        return self.study_folder(study) / "spool"
+
+    def open(self) -> "Ledger":
+        """The ledger, made if it is new.
+
+        Raises:
+            StoreError: the folder or database cannot be used.
+        """
+        from hqlt_orchestration.ledger import Ledger
+
+        return Ledger(self.url)
+
+    def open_existing(self) -> "Ledger":
+        """The ledger, for commands that only read.
+
+        Raises:
+            StoreError: nothing has been stored here yet, or the database cannot be used.
+        """
+        if self.database is None and not (self.data / "hqlt.db").exists():
+            raise StoreError(
+                f"no studies in {self.data}; run one with `hqlt study run FILE`, or name its --data folder"
+            )
+        return self.open()

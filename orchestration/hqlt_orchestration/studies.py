@@ -1,0 +1,302 @@
+"""What the `hqlt study` commands do: run, resume, show, extend, cancel, delete, free."""
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from hqlt_dashboards.front import front
+from hqlt_search_space.errors import HqltError, StudyConflictError
+from hqlt_search_space.study import Study
+from hqlt_search_space.study_file import load_study
+from hqlt_search_space.tasks import LanguageModelling
+from hqlt_search_space.trial import StudyResults
+
+from hqlt_orchestration.ledger import Ledger, StudyRow, shown
+from hqlt_orchestration.progress import ProgressView
+from hqlt_orchestration.results import study_results
+from hqlt_orchestration.store import Store
+
+if TYPE_CHECKING:
+    from hqlt_orchestration.executor import Executor
+    from hqlt_orchestration.tracking import Spool
+
+ExecutorName = Literal["ray", "inline"]
+
+
+class UsageError(HqltError):
+    """A request that makes no sense for the study or trial it names."""
+
+
+DRAIN_S = 60.0  # how long the end of a study waits for MLflow
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where trials are to run."""
+
+    executor: ExecutorName = "ray"
+    ray_address: str | None = None
+
+
+def run(file: Path, store: Store, machine: Machine) -> int:
+    """Start the study in `file`, or join or continue it if it is in the store. Returns the exit code.
+
+    Raises:
+        StudyConflictError: a study of that name is in the store and differs in what makes a study the same.
+        HqltError: the file, the data or the store cannot be used.
+    """
+    text = file.read_text(encoding="utf-8")
+    study = with_data_hash(load_study(file))
+    ledger = store.open()
+    new = StudyRow(
+        name=study.name,
+        study=study.canonical_json(),
+        file_text=text,
+        space_hash=study.space_hash,
+        budget=study.n_trials,
+        state="open",
+        note=None,
+        source_version=None,
+        created_at=time.time(),
+    )
+    stored = ledger.add_study(new)
+    if stored.space_hash != study.space_hash:
+        raise StudyConflictError(study.name, study.differences(Study.from_json(stored.study)))
+    if stored != new:
+        study = _update(ledger, stored, study)
+    return _drive(study, store, ledger, machine)
+
+
+def resume(name: str, store: Store, machine: Machine) -> int:
+    """Continue the study `name` after any kind of stop. Returns the exit code."""
+    ledger = store.open_existing()
+    return _drive(Study.from_json(ledger.study(name).study), store, ledger, machine)
+
+
+def with_data_hash(study: Study) -> Study:
+    """`study` with the hash of its corpus, if it reads one.
+
+    Raises:
+        DataError: the corpus cannot be used.
+    """
+    if not isinstance(study.task, LanguageModelling) or study.task.data_sha256 is not None:
+        return study
+    from hqlt_trainer.corpus import fingerprint
+
+    task = study.task.model_copy(update={"data_sha256": fingerprint(study.task)})
+    return study.model_copy(update={"task": task})
+
+
+def _update(ledger: Ledger, stored: StudyRow, study: Study) -> Study:
+    """Take over what may change in a study that runs: parallelism, resources, replication, and a larger budget.
+
+    `budget.trials` of the stored study stays as it was, because the population of NSGA follows from it and a study
+    must not change its sequence of suggestions; the ledger's budget is what counts.
+    """
+    before = Study.from_json(stored.study)
+    budget = study.budget.model_copy(update={"trials": before.budget.trials})
+    merged = study.model_copy(update={"budget": budget})
+    larger = max(stored.budget, study.n_trials)
+    if merged != before or larger != stored.budget:
+        ledger.update_study(study.name, study=merged.canonical_json(), budget=larger)
+    return merged
+
+
+def _drive(study: Study, store: Store, ledger: Ledger, machine: Machine) -> int:
+    """Run `study` until it ends or is interrupted, and print what came of it."""
+    with ExitStack() as stack:
+        stack.callback(ledger.close)
+        # Ray takes seconds to start: it does so while the samplers and the tables are loaded.
+        executor = stack.enter_context(_in_background(lambda: make_executor(study, machine)))
+        view = stack.enter_context(ProgressView(study.name))
+        view.say(f"study {study.name}: results go to {store.data}")
+        from hqlt_orchestration.runner import Driver, Interrupts
+        from hqlt_orchestration.tracking import Spool
+
+        proposer = None
+        if study.search is not None:
+            from hqlt_orchestration.sampler import Proposer
+
+            proposer = Proposer(study, store.url)
+        spool = Spool(
+            store.spool_folder(study.name), f"{time.time():.0f}-{os.getpid()}", store.mlflow_uri, store.artifacts
+        )
+        spool.put("study", name=study.name)
+        ledger.update_study(study.name, state="open", note=None)
+        driver = Driver(
+            study,
+            store=store,
+            ledger=ledger,
+            executor=executor,
+            proposer=proposer,
+            spool=spool,
+            view=view,
+            interrupts=Interrupts(),
+        )
+        try:
+            ending = driver.run()
+            ledger.update_study(study.name, state=ending)
+            results = study_results(ledger, study.name)
+            if ending == "complete":
+                _export_front(results, store, spool)
+        finally:
+            left = spool.close(DRAIN_S)
+        if left:
+            view.say(
+                f"MLflow at {shown(store.mlflow_uri)} took not everything: {left:,} bytes wait in "
+                f"{store.spool_folder(study.name)} and are sent with the next run"
+            )
+    return _conclude(study, results, ending)
+
+
+def _conclude(study: Study, results: StudyResults, ending: str) -> int:
+    if ending == "paused":
+        print(f"paused; continue with: hqlt study resume {study.name}", file=sys.stderr)
+        return 1
+    if not any(record.state == "complete" for record in results.trials):
+        print(f"study {study.name}: no trial has a result; see: hqlt study status {study.name}", file=sys.stderr)
+        return 1
+    if study.ablation is not None:
+        from hqlt_dashboards.ablation import ablation_table
+        from hqlt_dashboards.tables import ablation_text
+
+        print(ablation_text(ablation_table(results, metric_of(study))), end="")
+        print(f"\nnext: hqlt ablation {study.name} --out table.md", file=sys.stderr)
+        return 0
+    from hqlt_dashboards.tables import front_text
+
+    print(front_text(results), end="")
+    best = f"{study.name}/{front(results.trials, results.objectives, results.constraints)[0].number}"
+    print(
+        f"\nnext: hqlt pareto {study.name} --out front.html   the picture"
+        f"\n      hqlt rerun {best}   the best, again"
+        "\n      hqlt ui   every curve",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def metric_of(study: Study) -> str:
+    """What an ablation is about: its first objective that is measured, not computed."""
+    from hqlt_search_space.cost import COSTS
+
+    return next((name for name in study.objectives if name not in COSTS), next(iter(study.objectives)))
+
+
+def _export_front(results: StudyResults, store: Store, spool: "Spool") -> None:
+    """Leave the front beside the study, and with MLflow, which draws none."""
+    if not any(record.state == "complete" for record in results.trials):
+        return
+    from hqlt_dashboards.export import export_front
+
+    folder = store.study_folder(results.name)
+    paths = [folder / "front.csv", folder / "front.html"]
+    for path in paths:
+        export_front(results, path)
+    phase = "ablate" if any(record.phase == "ablate" for record in results.trials) else "search"
+    spool.put("phase_end", phase=phase, artifacts=[str(path) for path in paths])
+
+
+def make_executor(study: Study, machine: Machine) -> "Executor":
+    """The executor that `machine` asks for, with the resources of `study`.
+
+    Raises:
+        ResourceError: a GPU is asked for and there is none.
+    """
+    from hqlt_orchestration.executor import InlineExecutor, RayExecutor
+
+    cpus = max(1, int(study.resources.cpu))
+    gpus = None if study.resources.gpu == "auto" else study.resources.gpu
+    if machine.executor == "inline":
+        return InlineExecutor(cpus=cpus, gpus=gpus)
+    return RayExecutor(slots=study.budget.parallel, cpus=cpus, gpus=gpus, address=machine.ray_address)
+
+
+@contextmanager
+def _in_background(make: "Callable[[], Executor]") -> "Iterator[Callable[[], Executor]]":
+    """Start to make an executor; what is yielded waits for it. One that nobody asked for is closed."""
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(make)
+        asked = False
+
+        def wait() -> "Executor":
+            nonlocal asked
+            asked = True
+            return future.result()
+
+        try:
+            yield wait
+        finally:
+            if not asked and future.exception() is None:
+                future.result().close()
+
+
+def extend(name: str, trials: int, store: Store) -> None:
+    """Give a study `trials` more trials; `resume` runs them.
+
+    Raises:
+        UnknownNameError: there is no such study.
+    """
+    ledger = store.open_existing()
+    row = ledger.study(name)
+    if Study.from_json(row.study).search is None:
+        raise UsageError(f"{name} is an ablation: its trials are its cells; change the file and give it another name")
+    ledger.update_study(name, budget=row.budget + trials, state="open", note=None)
+    print(f"{name}: {row.budget + trials} trials; run them with: hqlt study resume {name}")
+
+
+def cancel(trial: str, store: Store) -> None:
+    """End a trial that runs or waits, without a result."""
+    ledger = store.open_existing()
+    study, number = ledger.find_trial(trial)
+    asked = ledger.cancel(study, number)
+    if not asked:
+        raise UsageError(f"trial {study}/{number} has ended already: {ledger.trial(study, number).state}")
+    print(f"trial {study}/{number}: cancelled; a running one ends within seconds")
+
+
+def delete(name: str, store: Store) -> None:
+    """Remove a study: its trials, results, checkpoints, sampling history and MLflow experiment.
+
+    Raises:
+        UsageError: somebody runs it.
+    """
+    from hqlt_orchestration.ledger import DriverWatch
+    from hqlt_orchestration.sampler import delete_from_optuna
+    from hqlt_orchestration.tracking import delete_experiment
+
+    ledger = store.open_existing()
+    ledger.study(name)
+    drivers = ledger.drivers(name)
+    dead = {driver.id for driver in DriverWatch().dead(drivers)}
+    alive = [driver for driver in drivers if driver.id not in dead]
+    if alive:
+        raise UsageError(f"{name} is run by process {alive[0].pid} on {alive[0].host}; stop that first")
+    delete_experiment(store.mlflow_uri, name)
+    delete_from_optuna(store.url, name)
+    ledger.delete_study(name)
+    shutil.rmtree(store.study_folder(name), ignore_errors=True)
+    print(f"{name}: deleted")
+
+
+def free(name: str, store: Store) -> None:
+    """Remove the checkpoints of ended trials that are not on the front."""
+    ledger = store.open_existing()
+    results = study_results(ledger, name)
+    kept = {record.number for record in front(results.trials, results.objectives, results.constraints)}
+    kept |= {record.number for record in results.trials if record.state in ("running", "waiting", "paused")}
+    freed = 0
+    for record in results.trials:
+        if record.number in kept:
+            continue
+        for folder in store.trial_folder(name, record.number).glob("seed-*/checkpoints"):
+            freed += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            shutil.rmtree(folder)
+    print(f"{name}: {freed / 1024**2:.1f} MiB freed; the checkpoints of {len(kept)} trials are kept")
