@@ -1,0 +1,95 @@
+# What one does with this repository. `make quickstart` and `make test` need nothing but Python 3.11 to 3.13 and make.
+#
+# Everything is installed into .venv (VENV=... for another folder) by the first Python found that fits (PYTHON=... for
+# one in particular). Stamp files in there make a second call fast.
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+INSTALL := $(PIP) install --constraint constraints.txt
+
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	"$$p" -c '$(SUPPORTED)' 2>/dev/null && { echo "$$p"; break; }; done)
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help install check test test-gpu quickstart bench bench-kernels schema constraints
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make quickstart      install, run the first study and print its front'
+	@echo 'make install         .venv with hqlt and what it needs'
+	@echo 'make test            install what tests need and run them on the CPU'
+	@echo 'make test-gpu        run the tests that need a CUDA device; PART=words picks some of them (pytest -k)'
+	@echo 'make check           format, lint, types and import arrows'
+	@echo 'make bench           overhead of the platform per trial, beside Ray Tune'
+	@echo 'make bench-kernels   the kernels beside their baselines'
+	@echo 'make schema          write search_space/study.schema.json anew'
+	@echo 'make constraints     resolve the newest versions that pyproject.toml allows and write constraints.txt'
+
+install: $(VENV)/.installed
+
+quickstart: install
+	@$(BIN)/hqlt study run search_space/studies/quickstart.yaml
+	@echo
+	@echo 'Next:'
+	@echo '  $(BIN)/hqlt pareto quickstart --out front.html    the front as a picture; .png .csv .json .parquet too'
+	@echo '  $(BIN)/hqlt rerun quickstart/NUMBER               a trial of the front again, equal to the last bit'
+	@echo '  $(BIN)/hqlt ui                                    every trial, metric and checkpoint in MLflow'
+	@echo '  $(BIN)/hqlt study validate FILE                   before a study of your own (search_space/studies/ has examples)'
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# pytest's exit code 5 (no test was collected) fails like any other.
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m gpu $(if $(PART),-k "$(PART)")
+
+bench: install
+	$(BIN)/python orchestration/bench.py
+
+bench-kernels: install
+	$(BIN)/python kernels/bench.py
+
+schema: install
+	$(BIN)/hqlt schema > search_space/study.schema.json
+
+# Local versions (2.13.0+cpu) go: elsewhere the same version is the ordinary build. Begin with `rm -rf .venv`, so that
+# nothing else is in there.
+constraints: $(VENV)/.pip
+	$(PIP) install --upgrade --upgrade-strategy eager --editable '.[postgres]' --group dev
+	@echo '# The versions that were tested together. Written by `make constraints`.' > constraints.txt
+	$(PIP) freeze --exclude-editable --exclude hqlt | sed 's/+[^+]*$$//' | LC_ALL=C sort --ignore-case >> constraints.txt
+
+$(BIN)/python:
+	@test -n '$(PYTHON)' || { echo 'error: hqlt needs Python 3.11, 3.12 or 3.13, and none of python3, python3.11, python3.12,' \
+		'python3.13 is one; install one, or name it: make PYTHON=/path/to/python3.12' >&2; exit 2; }
+	@'$(PYTHON)' -c '$(SUPPORTED)' || { echo 'error: hqlt needs Python 3.11, 3.12 or 3.13; $(PYTHON) is' \
+		"$$('$(PYTHON)' --version 2>&1); name another: make PYTHON=python3.12" >&2; exit 2; }
+	@'$(PYTHON)' -c 'import ensurepip, venv' 2>/dev/null || { echo 'error: $(PYTHON) cannot make a virtual environment;' \
+		'on Debian or Ubuntu: sudo apt install python3-venv' >&2; exit 2; }
+	'$(PYTHON)' -m venv --clear $(VENV)
+
+# The pip of a new .venv may be older than dependency groups (25.1).
+$(VENV)/.pip: | $(BIN)/python
+	$(PIP) install --quiet --upgrade 'pip>=25.1'
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.pip
+	$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(INSTALL) --editable '.[postgres]' --group test
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed-test
+	$(INSTALL) --editable '.[postgres]' --group dev
+	@touch $@
