@@ -1,1 +1,1 @@
-"""Results in, pictures out: the front, estimates over seeds, the ablation table, plots and exports. Knows no database."""
+"""Results in, pictures out: front, estimates over seeds, ablation table, plots, exports. Knows no database."""
