@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from hqlt_search_space.study import Ablation, Search, Study
 
 MAX_CELLS = 1_000
+MAX_GRID = 100_000
+"""Combinations that a grid may have without a budget."""
 
-_STRUCTURE = ("first", "second", "ratio", "rule", "decay", "blend", "attention_window")
-"""The axes that decide, together with n_layers, which other axes have a meaning."""
+STRUCTURE = ("first", "second", "ratio", "rule", "decay", "blend", "attention_window", "n_layers")
+"""The axes that decide which other axes have a meaning."""
 
 
 def problems(study: "Study") -> Iterator[Problem]:
@@ -110,6 +112,8 @@ def _sampler(study: "Study", search: "Search") -> Iterator[Problem]:
                     "a grid needs a list of choices here, not a range of real numbers",
                     None,
                 )
+        if trials is None and study.n_combinations > MAX_GRID:
+            yield ("budget",), f"a grid of {study.n_combinations:,.0f} combinations needs budget.trials", None
     elif trials is None:
         yield ("budget",), "a search needs budget.trials, the number of trials to run", None
     if sampler.population is not None:
@@ -122,13 +126,14 @@ def _sampler(study: "Study", search: "Search") -> Iterator[Problem]:
 
 def _structures(study: "Study", space: Mapping[str, object]) -> Iterator[dict[str, AxisValue]]:
     """Settings that together ask for every axis that has a meaning somewhere in the space."""
-    options: dict[str, tuple[AxisValue, ...]] = {"n_layers": (_largest(study, "n_layers", 2),)}
-    for axis in _STRUCTURE:
+    options: dict[str, tuple[AxisValue, ...]] = {}
+    for axis in STRUCTURE:
         if axis in study.model:
             options[axis] = (study.model[axis],)
         elif axis in space:
             domain = study.domains()[axis]
             options[axis] = domain.values if isinstance(domain, Choices) else (1,)
+    options["n_layers"] = (_largest(study, "n_layers", 2),)
     if "ratio" in options:
         kinds = {tuple(part.strip("0") == "" for part in str(ratio).split(":")): ratio for ratio in options["ratio"]}
         options["ratio"] = tuple(kinds.values())
@@ -157,6 +162,8 @@ def _ablation(study: "Study", ablation: "Ablation") -> Iterator[Problem]:
             yield ("ablation", "baseline", axis), f"{axis} is fixed in {AXES[axis].of} as well", None
     if study.replication is not None:
         yield ("replication",), "an ablation has its seeds in ablation.seeds", None
+    if study.constraints:
+        yield ("constraints",), "an ablation runs every cell; only a search has constraints", None
     if study.budget.trials is not None:
         yield ("budget", "trials"), "an ablation runs every cell; only a search has a number of trials", None
     if ablation.match in ("parameters", "flops") and "mlp_ratio" in ablation.vary:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from hqlt_search_space.arch import Arch
-from hqlt_search_space.mixers import Attention, DelayedChunk, DelayedStreaming, FastWeight, Hybrid, Mixer
+from hqlt_search_space.mixers import Attention, DelayedChunk, DelayedStreaming, FastWeight, Hybrid, Mixer, Synchronous
 from hqlt_search_space.recipe import Recipe
 from hqlt_search_space.rules import Additive, Decay, DeltaProduct, GatedDelta, Rule
 from hqlt_search_space.tasks import context_length, training_length, vocab_size
@@ -68,33 +68,29 @@ def flops_per_token(arch: Arch, vocab: int, context: int) -> float:
 def decode_flops(arch: Arch, vocab: int, context: int) -> float:
     """Forward FLOPs of the token at position `context`, with all that came before in the state."""
     return _weight_flops(arch, vocab) + sum(
-        _memory_flops(layer, arch.d_model, cached_keys(layer, context)) for layer in arch.layers
+        _memory_flops(layer, arch.d_model, visible_keys(layer, context)) for layer in arch.layers
     )
 
 
 def fw_state_bytes(arch: Arch) -> int:
-    """Fast-weight states of one sequence: float32 matrices of D x D a head, D + 1 values with `normaliser: time`.
-
-    `delayed_chunk` keeps two: the one that is read, and the one that the current chunk is written to.
-    """
+    """Fast-weight states of one sequence: a float32 matrix of D x D a head, D x (D + 1) with `normaliser: time`."""
     return _FLOAT32_BYTES * sum(_fw_state_numbers(layer, arch.d_model) for layer in arch.layers)
 
 
 def kv_cache_bytes(arch: Arch, context: int, bytes_per_number: int) -> int:
-    """Keys and values of min(window, context) tokens, for every layer with KV-memory."""
+    """The keys and values that KV-memory needs of past tokens, at the most in a sequence of `context` tokens."""
     return bytes_per_number * sum(2 * cached_keys(layer, context) * arch.d_model for layer in arch.layers)
 
 
 def state_bytes(arch: Arch, context: int, bytes_per_number: int) -> int:
-    """Everything a decoder keeps of one sequence between tokens.
+    """Everything a decoder keeps of one sequence between tokens, at the most in `context` tokens.
 
-    Fast-weight states, KV caches, the last taps - 1 inputs of each convolution and, in `delayed_streaming`, what waits
-    in the window to be written and is not in the KV cache: beta and decay if they are delayed, and the keys and values
-    of all but the last Householder step.
+    Fast-weight states, KV caches, the last taps - 1 inputs of each convolution, and what waits to be written to
+    FW-memory beyond what the KV cache holds.
     """
-    others = sum(_conv_state_numbers(layer, arch.d_model) * bytes_per_number for layer in arch.layers)
+    convolutions = sum(_conv_state_numbers(layer, arch.d_model) * bytes_per_number for layer in arch.layers)
     waiting = sum(_waiting_bytes(layer, arch.d_model, context, bytes_per_number) for layer in arch.layers)
-    return fw_state_bytes(arch) + kv_cache_bytes(arch, context, bytes_per_number) + others + waiting
+    return fw_state_bytes(arch) + kv_cache_bytes(arch, context, bytes_per_number) + convolutions + waiting
 
 
 def training_bytes(arch: Arch, vocab: int, length: int, recipe: Recipe) -> int:
@@ -124,9 +120,20 @@ def mean_visible_keys(mixer: Mixer, context: int) -> float:
     return window - window * (window - 1) / (2 * context)
 
 
-def cached_keys(mixer: Mixer, context: int) -> int:
-    """Keys that KV-memory holds at most, of a sequence of `context` tokens; 0 without KV-memory."""
+def visible_keys(mixer: Mixer, context: int) -> int:
+    """Keys that KV-memory's query sees at the most; 0 without KV-memory."""
     return 0 if isinstance(mixer, FastWeight) else min(mixer.window or context, context)
+
+
+def cached_keys(mixer: Mixer, context: int) -> int:
+    """Keys that KV-memory holds between tokens at the most; 0 without KV-memory.
+
+    All that are visible, but in a `delayed_chunk` one less: a full chunk is not seen again.
+    """
+    if isinstance(mixer, Hybrid) and isinstance(mixer.blend, DelayedChunk):
+        assert mixer.window is not None
+        return min(mixer.window - 1, context)
+    return visible_keys(mixer, context)
 
 
 def _householder_steps(rule: Rule) -> int:
@@ -135,6 +142,10 @@ def _householder_steps(rule: Rule) -> int:
 
 def _has_beta(rule: Rule) -> bool:
     return not isinstance(rule, Additive | Decay)
+
+
+def _decays(rule: Rule) -> bool:
+    return isinstance(rule, Decay | GatedDelta)
 
 
 def _has_computed_decay(rule: Rule) -> bool:
@@ -200,7 +211,7 @@ def _memory_flops(mixer: Mixer, d: int, visible_keys: float) -> float:
     value_width = key_width + _normaliser_columns(rule)
     state = key_width * value_width
     write = (4 if _has_beta(rule) else 2) * _householder_steps(rule)
-    decay = 1 if isinstance(rule, Decay | GatedDelta) else 0
+    decay = 1 if _decays(rule) else 0
     published_normaliser = 3 * key_width if isinstance(rule, Additive) and rule.normaliser == "heads" else 0
     return kv + mixer.n_heads * ((2 + write + decay) * state + published_normaliser)
 
@@ -213,8 +224,7 @@ def _fw_state_numbers(mixer: Mixer, d: int) -> int:
     if isinstance(mixer, Attention):
         return 0
     key_width = d // mixer.n_heads
-    states = 2 if isinstance(mixer, Hybrid) and isinstance(mixer.blend, DelayedChunk) else 1
-    return states * mixer.n_heads * key_width * (key_width + _normaliser_columns(mixer.rule))
+    return mixer.n_heads * key_width * (key_width + _normaliser_columns(mixer.rule))
 
 
 def _conv_state_numbers(mixer: Mixer, d: int) -> int:
@@ -222,10 +232,20 @@ def _conv_state_numbers(mixer: Mixer, d: int) -> int:
 
 
 def _waiting_bytes(mixer: Mixer, d: int, context: int, bytes_per_number: int) -> int:
-    if not isinstance(mixer, Hybrid) or not isinstance(mixer.blend, DelayedStreaming):
+    """What a delayed blend keeps of tokens not yet written to FW-memory, and KV-memory does not need.
+
+    In `delayed_streaming` these are the window's tokens, in `delayed_chunk` those since the start of FW-memory's
+    chunk: the keys and values of every Householder step and, where they belong to their token, beta and decay.
+    """
+    if not isinstance(mixer, Hybrid) or isinstance(mixer.blend, Synchronous):
         return 0
-    steps, tokens = _householder_steps(mixer.rule), cached_keys(mixer, context)
-    scalars = 0
-    if mixer.blend.delay_beta:
-        scalars = mixer.n_heads * (steps * _has_beta(mixer.rule) + _has_computed_decay(mixer.rule))
-    return tokens * (2 * d * (steps - 1) * bytes_per_number + scalars * _FLOAT32_BYTES)
+    if isinstance(mixer.blend, DelayedStreaming):
+        tokens, with_scalars = visible_keys(mixer, context), mixer.blend.delay_beta
+    else:
+        chunk = mixer.window if mixer.blend.fw_chunk == "window" else mixer.blend.fw_chunk
+        assert chunk is not None
+        tokens, with_scalars = min(chunk - 1, context), True
+    steps = _householder_steps(mixer.rule)
+    scalars = mixer.n_heads * (steps * _has_beta(mixer.rule) + _decays(mixer.rule)) * with_scalars
+    keys_and_values = 2 * d * (steps * tokens - cached_keys(mixer, context))
+    return keys_and_values * bytes_per_number + tokens * scalars * _FLOAT32_BYTES

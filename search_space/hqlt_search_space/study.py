@@ -26,7 +26,7 @@ from hqlt_search_space.axes import (
     label,
 )
 from hqlt_search_space.build import build_arch, built_ratio
-from hqlt_search_space.checks import problems
+from hqlt_search_space.checks import STRUCTURE, problems
 from hqlt_search_space.cost import COSTS, costs
 from hqlt_search_space.errors import InvalidArchError, MatchError
 from hqlt_search_space.match import COST_OF, matched
@@ -50,7 +50,10 @@ MAX_COMBINATIONS = 100_000
 """A finite space of more combinations than this is treated as an infinite one: not counted, only sampled."""
 
 N_SAMPLED = 1_000
-"""Configs drawn from an infinite space to see whether anything in it satisfies the constraints."""
+"""Configs drawn from such a space to see whether anything in it satisfies the constraints."""
+
+COSTLESS_AXES = frozenset(RECIPE_AXES) - {"steps", "batch", "accumulation", "precision"}
+"""Axes that change no cost and make no combination senseless."""
 
 Name = Annotated[
     str,
@@ -255,8 +258,13 @@ class Study(Spec):
         assert self.ablation is not None
         return self.ablation
 
+    @property
+    def n_combinations(self) -> float:
+        """Combinations of all choices of a search, sensible or not; infinite with a range of real numbers."""
+        return math.prod(_n_values(domain) for domain in self.domains().values())
+
     def domains(self) -> dict[str, AxisDomain]:
-        """What a sampler draws from, by axis, in the order of the file. Empty for an ablation."""
+        """What a sampler draws from, by axis, in the order of `axes.AXES`. Empty for an ablation."""
         if self.search is None:
             return {}
         return {name: domain_of(name, domain) for name, domain in self.search.space.items()}
@@ -326,7 +334,7 @@ class Study(Spec):
             ValueError: the space is not finite.
         """
         seen = set()
-        for choices, outcome in self._listed():
+        for choices, outcome in self._listed({axis: _values(domain) for axis, domain in self.domains().items()}):
             if isinstance(outcome, Config) and outcome.config_id not in seen:
                 seen.add(outcome.config_id)
                 if not self._broken(outcome):
@@ -339,18 +347,20 @@ class Study(Spec):
         """
         if self.search is None:
             return len(self._plan())
-        if self._n_combinations() > MAX_COMBINATIONS:
+        if self.n_combinations > MAX_COMBINATIONS:
             return None
         return sum(1 for _ in self.configs())
 
     def why_empty(self) -> str | None:
         """Why no config of the space can be trained, naming the constraints at fault; None if one can.
 
-        A space too large to list is judged by `N_SAMPLED` random draws.
+        Axes that change no cost (a learning rate) are left aside. What remains is listed if it has at most
+        `MAX_COMBINATIONS` combinations; otherwise `N_SAMPLED` random ones are judged, and the sentence says so.
         """
         refusals: Counter[str] = Counter()
         n_built, nearest = 0, dict[str, float]()
-        for _, outcome in self._some():
+        outcomes, is_proof = self._looked_at()
+        for outcome in outcomes:
             if not isinstance(outcome, Config):
                 refusals.update(outcome)
                 continue
@@ -363,18 +373,16 @@ class Study(Spec):
                 closest = min if bound is not None and value > bound else max
                 nearest[name] = closest(nearest.get(name, value), value)
             refusals.update(broken.keys())
+        of_all = "no config of this space" if is_proof else f"none of {N_SAMPLED:,} random configs of this space"
         if not n_built:
-            return f"no model of this space can be built: {refusals.most_common(1)[0][0]}"
+            return f"{of_all} can be built: {refusals.most_common(1)[0][0]}"
         always = [name for name in nearest if refusals[name] == n_built]
-        return (
-            "no config of this space satisfies "
-            + ("the constraint " if always else "all constraints at once: ")
-            + "; ".join(
-                f"{name} {self.constraints[name].in_words()} (the nearest has {nearest[name]:,.0f}"
-                + (")" if always else f", {refusals[name]} of {n_built} break it)")
-                for name in always or nearest
-            )
-        )
+        parts = [
+            f"{name} {self.constraints[name].in_words()} (the nearest has {nearest[name]:,.0f}"
+            + (")" if always else f"; {refusals[name]:,} of {n_built:,} break it)")
+            for name in always or nearest
+        ]
+        return f"{of_all} satisfies {'' if always else 'all at once of '}{' and '.join(parts)}"
 
     @property
     def space_hash(self) -> str:
@@ -384,13 +392,13 @@ class Study(Spec):
         """
         return short_hash(canonical_json(self._identity()))
 
-    def differences(self, other: "Study") -> tuple[str, ...]:
-        """Where the parts that `space_hash` covers differ: `search.space.window: was [4,8], is [4]` (`other` is)."""
-        was, now = _flat(self._identity()), _flat(other._identity())
+    def differences(self, stored: "Study") -> tuple[str, ...]:
+        """Where this study and the `stored` one of its name differ in what `space_hash` covers, in the file's words."""
+        here, there = _flat(self._identity()), _flat(stored._identity())
         return tuple(
-            f"{path}: was {was.get(path, 'absent')}, is {now.get(path, 'absent')}"
-            for path in dict.fromkeys([*was, *now])
-            if was.get(path) != now.get(path)
+            f"{path}: {here.get(path, 'nothing')} in the file, {there.get(path, 'nothing')} in the store"
+            for path in dict.fromkeys([*here, *there])
+            if here.get(path) != there.get(path)
         )
 
     def _identity(self) -> dict[str, object]:
@@ -416,32 +424,45 @@ class Study(Spec):
         found = costs(config)
         return {name: found[name] for name, bounds in self.constraints.items() if not bounds.allow(found[name])}
 
-    def _n_combinations(self) -> float:
-        """Combinations of all choices; infinite with a range of real numbers."""
-        return math.prod(_n_values(domain) for domain in self.domains().values())
+    def _listed(
+        self, values: Mapping[str, Sequence[AxisValue]]
+    ) -> Iterator[tuple[dict[str, AxisValue], Config | tuple[str, ...]]]:
+        """The combinations of `values`, each with its config or the reasons why it has none.
 
-    def _listed(self) -> Iterator[tuple[dict[str, AxisValue], Config | tuple[str, ...]]]:
-        """Every combination of a finite space, with its config or the reasons why it has none."""
-        domains = self.domains()
-        for values in itertools.product(*(_values(domain) for domain in domains.values())):
-            choices = dict(zip(domains, values, strict=True))
-            yield choices, self._outcome(choices)
+        Of those that differ only in axes without meaning, the first stands for all: which axes these are follows from
+        the axes in `STRUCTURE`, so the others are passed over without building anything.
+        """
+        unread_by_structure: dict[tuple[AxisValue, ...], list[str]] = {}
+        for combination in itertools.product(*values.values()):
+            choices = dict(zip(values, combination, strict=True))
+            structure = tuple(choices.get(axis) for axis in STRUCTURE)
+            unread = unread_by_structure.get(structure)
+            if unread is not None and any(choices[axis] != values[axis][0] for axis in unread):
+                continue
+            try:
+                config, canonical = self.resolve(choices)
+            except InvalidArchError as error:
+                yield choices, error.reasons
+            else:
+                if unread is None:
+                    unread_by_structure[structure] = [axis for axis in choices if axis not in canonical]
+                yield choices, config
 
-    def _some(self) -> Iterator[tuple[dict[str, AxisValue], Config | tuple[str, ...]]]:
-        """Every combination of a small space, or `N_SAMPLED` random ones of a large one."""
-        if self._n_combinations() <= MAX_COMBINATIONS:
-            yield from self._listed()
-            return
+    def _looked_at(self) -> tuple[Iterator[Config | tuple[str, ...]], bool]:
+        """Outcomes that decide whether the space is empty, and whether they are all there are."""
+        domains = {axis: domain for axis, domain in self.domains().items() if axis not in COSTLESS_AXES}
+        if math.prod(_n_values(domain) for domain in domains.values()) <= MAX_COMBINATIONS:
+            listed = self._listed({axis: _values(domain) for axis, domain in domains.items()})
+            return (outcome for _, outcome in listed), True
+        return self._sampled(), False
+
+    def _sampled(self) -> Iterator[Config | tuple[str, ...]]:
         draw = random.Random(0)  # noqa: S311 - a look around, always the same one
         for _ in range(N_SAMPLED):
-            choices = {name: _drawn(domain, draw) for name, domain in self.domains().items()}
-            yield choices, self._outcome(choices)
-
-    def _outcome(self, choices: Mapping[str, AxisValue]) -> Config | tuple[str, ...]:
-        try:
-            return self.resolve(choices)[0]
-        except InvalidArchError as error:
-            return error.reasons
+            try:
+                yield self.resolve({axis: _drawn(domain, draw) for axis, domain in self.domains().items()})[0]
+            except InvalidArchError as error:
+                yield error.reasons
 
     def _plan(self) -> tuple[tuple[str, dict[str, AxisValue]], ...]:
         """Label and changes of every distinct cell, the baseline first. A factorial's equal models are one cell."""

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from hqlt_search_space.errors import StudyFileError
+from hqlt_search_space.errors import MatchError, StudyFileError
 from hqlt_search_space.study import Study
 from hqlt_search_space.wording import advice, printable, sentence
 from hqlt_search_space.yaml_nodes import MAX_BYTES, MAX_PROBLEMS, Node, Position, UnreadableError, read_nodes
@@ -58,7 +58,7 @@ def read_study(raw: bytes, path: str) -> Study:
         raise StudyFileError(path, (f"{root.at}  the file is {what}; a study is a mapping of keys to values",))
     try:
         # Through JSON and strict: a list may stand for a tuple there, but true is no number and "8" is no 8.
-        return Study.model_validate_json(json.dumps(root.data()), strict=True)
+        study = Study.model_validate_json(json.dumps(root.data()), strict=True)
     except ValidationError as error:
         # A list whose items are all wrong is not also too short.
         details = [each for each in error.errors() if each["type"] != "too_short" or not each["input"]]
@@ -67,6 +67,14 @@ def read_study(raw: bytes, path: str) -> Study:
         if len(problems) > MAX_PROBLEMS:
             problems[MAX_PROBLEMS:] = [f"and {len(problems) - MAX_PROBLEMS} more"]
         raise StudyFileError(path, tuple(problems)) from None
+    if study.search is not None and (reason := study.why_empty()) is not None:
+        key = "constraints" if "constraints" in root.entries else "search"
+        raise StudyFileError(path, (f"{root.entries[key].at}  {key}: {reason}",))
+    try:
+        study.cells()
+    except MatchError as error:
+        raise StudyFileError(path, (f"{root.entries['ablation'].at}  ablation: {error}",)) from None
+    return study
 
 
 def study_schema() -> dict[str, Any]:

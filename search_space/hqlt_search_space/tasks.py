@@ -181,7 +181,7 @@ def metric_names(task: Task) -> tuple[str, ...]:
     """What a study of `task` can optimise: training and validation metrics. Test metrics are only reported."""
     match task:
         case LanguageModelling():
-            return ("validation_bits_per_byte", "validation_loss_nats", "validation_accuracy", "train_loss_nats")
+            return ("validation_bits_per_byte", "validation_loss_nats", "train_loss_nats")
         case Nothing():
             return ("validation_loss_nats",)
         case _:

@@ -23,6 +23,7 @@ from ruamel.yaml.events import (
     StreamEndEvent,
     StreamStartEvent,
 )
+
 from hqlt_search_space.wording import printable
 
 MAX_BYTES = 256 * 1024
