@@ -39,7 +39,7 @@ class Range(Spec):
 
     low: Number = Field(description="The smallest value.")
     high: Number = Field(description="The largest value.")
-    step: Annotated[int, Field(ge=1, description="Between neighbours on an axis of whole numbers.")] | None = None
+    step: Annotated[int, Field(ge=1)] | None = Field(default=None, description="Between neighbouring whole numbers.")
     scale: Literal["linear", "log"] = Field(default="linear", description="Spread evenly: the value, or its logarithm.")
 
 

@@ -42,7 +42,7 @@ from hqlt_search_space.space import (
     located_error,
 )
 from hqlt_search_space.spec import Spec, canonical_json, short_hash
-from hqlt_search_space.tasks import Task
+from hqlt_search_space.tasks import METRICS, Task
 from hqlt_search_space.trial import Config, Objective, Seed
 from hqlt_search_space.wording import advice, reasons
 
@@ -55,13 +55,7 @@ N_SAMPLED = 1_000
 COSTLESS_AXES = frozenset(RECIPE_AXES) - {"steps", "batch", "accumulation", "precision"}
 """Axes that change no cost and make no combination senseless."""
 
-Name = Annotated[
-    str,
-    Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$",
-        description="Letters, digits, dot, underscore and hyphen, 1 to 128, the first a letter or a digit.",
-    ),
-]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(check_distinct)]
 Positive = Annotated[float, Field(gt=0)]
 
@@ -72,6 +66,7 @@ def _known_cost(name: str) -> str:
     return name
 
 
+ObjectiveName = Annotated[str, Field(json_schema_extra={"enum": [*METRICS, *COSTS]})]
 CostName = Annotated[str, AfterValidator(_known_cost), Field(json_schema_extra={"enum": list(COSTS)})]
 
 
@@ -97,7 +92,7 @@ class SearchMatch(Spec):
 class Search(Spec):
     """A sampler and the space it draws from."""
 
-    sampler: Sampler = Sampler()
+    sampler: Sampler = Field(default=Sampler(), description="How the next config is chosen.")
     space: Annotated[Space, Field(min_length=1, description="Axis -> list of choices, or range.")]
     seeds: Seeds = Field(default=(0,), description="Of the models trained in the search.")
     match: SearchMatch | None = Field(default=None, description="Makes all configs equally large.")
@@ -160,7 +155,7 @@ class Bounds(Spec):
 class EarlyStopping(Spec):
     """Asynchronous successive halving for several objectives: at each rung, 1 in `eta` goes on."""
 
-    kind: Literal["moasha"] = "moasha"
+    kind: Literal["moasha"] = Field(default="moasha", description="The rule; there is one.")
     rungs: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = Field(
         description="Steps at which a trial may be stopped, increasing."
     )
@@ -174,7 +169,7 @@ class Replication(Spec):
     """The front of a search, trained again over fresh seeds."""
 
     seeds: Seeds = Field(description="None of the search's own.")
-    what: Literal["front"] = "front"
+    what: Literal["front"] = Field(default="front", description="Which trials are trained again.")
 
 
 class Budget(Spec):
@@ -214,22 +209,22 @@ class Study(Spec):
     """One YAML file."""
 
     schema_version: Literal[1] = Field(description="Of this format.")
-    name: Name
+    name: Name = Field(description="Letters, digits, dot, underscore and hyphen, 1 to 128; first a letter or a digit.")
     task: Task = Field(description="What is learnt, and how it is judged.")
     model: ModelSettings = Field(default={}, description="Axes of the model that every config shares.")
     recipe: RecipeSettings = Field(default={}, description="Axes of the training that every config shares.")
     search: Search | None = Field(default=None, description="Either this or `ablation`.")
     ablation: Ablation | None = Field(default=None, description="Either this or `search`.")
-    objectives: Annotated[dict[str, Literal["minimize", "maximize"]], Field(min_length=1)] = Field(
-        description="Validation metrics of the task, or costs."
+    objectives: dict[ObjectiveName, Literal["minimize", "maximize"]] = Field(
+        min_length=1, description="Validation metrics of the task, or costs, each to be minimised or maximised."
     )
     constraints: dict[CostName, Bounds] = Field(
         default={}, description="Cost -> bounds, checked before anything trains."
     )
-    early_stopping: EarlyStopping | None = None
-    replication: Replication | None = None
-    budget: Budget = Budget()
-    resources: Resources = Resources()
+    early_stopping: EarlyStopping | None = Field(default=None, description="Null: every trial is trained to the end.")
+    replication: Replication | None = Field(default=None, description="Null: a front of the search's own seeds.")
+    budget: Budget = Field(default=Budget(), description="How much is run.")
+    resources: Resources = Field(default=Resources(), description="What one trial gets.")
 
     @property
     def objective_list(self) -> tuple[Objective, ...]:

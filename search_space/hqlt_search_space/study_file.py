@@ -79,12 +79,22 @@ def read_study(raw: bytes, path: str) -> Study:
 
 def study_schema() -> dict[str, Any]:
     """The JSON Schema (2020-12) of a study file, for completion and hover texts in an editor."""
-    schema = Study.model_json_schema()
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "hqlt study",
-        **{key: value for key, value in schema.items() if key != "title"},
-    }
+    schema = _without_titles(Study.model_json_schema())
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "hqlt study", **schema}
+
+
+def schema_text() -> str:
+    """`study_schema` as it is printed and committed (search_space/studies/study.schema.json)."""
+    return json.dumps(study_schema(), indent=2, ensure_ascii=False) + "\n"
+
+
+def _without_titles(schema: Any) -> Any:
+    """Pydantic titles every property with its own name; editors would show it twice."""
+    if isinstance(schema, list):
+        return [_without_titles(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {key: _without_titles(part) for key, part in schema.items() if key != "title" or not isinstance(part, str)}
 
 
 def _describe(error: ErrorDetails, root: Node) -> tuple[int, int, str, str, str]:

@@ -14,8 +14,8 @@ from hqlt_search_space.spec import Spec
 class Lengths(Spec):
     """Lengths drawn uniformly from low to high, both included."""
 
-    low: Annotated[int, Field(ge=3)]
-    high: Annotated[int, Field(ge=3)]
+    low: Annotated[int, Field(ge=3, description="The shortest, the answer included.")]
+    high: Annotated[int, Field(ge=3, description="The longest, the answer included.")]
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -27,12 +27,12 @@ class Lengths(Spec):
 class _FormalLanguage(Spec):
     """One supervised position a sequence. Published lengths: 3-40 in training, 40-256 in validation and test."""
 
-    version: Literal[1] = 1
-    train_length: Lengths = Lengths(low=3, high=40)
+    version: Literal[1] = Field(default=1, description="Of the generator.")
+    train_length: Lengths = Field(default=Lengths(low=3, high=40), description="Of training sequences.")
     validation_length: Lengths | None = Field(default=None, description="As test_length unless given.")
-    test_length: Lengths = Lengths(low=40, high=256)
-    n_validation: Annotated[int, Field(ge=1)] = 8192
-    n_test: Annotated[int, Field(ge=1)] = 8192
+    test_length: Lengths = Field(default=Lengths(low=40, high=256), description="Of test sequences.")
+    n_validation: Annotated[int, Field(ge=1, description="Validation sequences.")] = 8192
+    n_test: Annotated[int, Field(ge=1, description="Test sequences.")] = 8192
 
 
 class Parity(_FormalLanguage):
@@ -51,7 +51,7 @@ class CycleNavigation(_FormalLanguage):
     """Where on a cycle do steps of 0, +1, -1 end? Tokens 1, 2, 3; vocabulary 4 + n_positions, chance 1/n_positions."""
 
     kind: Literal["cycle_navigation"] = "cycle_navigation"
-    n_positions: Annotated[int, Field(ge=2, le=64)] = 5
+    n_positions: Annotated[int, Field(ge=2, le=64, description="Places on the cycle.")] = 5
 
 
 class ModularArithmetic(_FormalLanguage):
@@ -62,7 +62,7 @@ class ModularArithmetic(_FormalLanguage):
     """
 
     kind: Literal["modular_arithmetic"] = "modular_arithmetic"
-    brackets: bool = False
+    brackets: bool = Field(default=False, description="Fully bracketed expressions with unary minus.")
 
     @model_validator(mode="after")
     def _has_sequences(self) -> Self:
@@ -83,14 +83,14 @@ class Mqar(Spec):
     """
 
     kind: Literal["mqar"] = "mqar"
-    version: Literal[1] = 1
-    vocab_size: Annotated[int, Field(ge=16)] = 8192
-    length: Annotated[int, Field(ge=8)] = 64
-    n_pairs: Annotated[int, Field(ge=1)] = 4
+    version: Literal[1] = Field(default=1, description="Of the generator.")
+    vocab_size: Annotated[int, Field(ge=16, description="Keys, values and filler; half are keys, half values.")] = 8192
+    length: Annotated[int, Field(ge=8, description="Tokens a sequence.")] = 64
+    n_pairs: Annotated[int, Field(ge=1, description="Keys and values a sequence.")] = 4
     test_length: Annotated[int, Field(ge=8)] | None = Field(default=None, description="As `length` unless given.")
     test_pairs: Annotated[int, Field(ge=1)] | None = Field(default=None, description="As `n_pairs` unless given.")
-    n_validation: Annotated[int, Field(ge=1)] = 1000
-    n_test: Annotated[int, Field(ge=1)] = 1000
+    n_validation: Annotated[int, Field(ge=1, description="Validation sequences.")] = 1000
+    n_test: Annotated[int, Field(ge=1, description="Test sequences.")] = 1000
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -112,13 +112,13 @@ class LanguageModelling(Spec):
     """
 
     kind: Literal["language_modelling"] = "language_modelling"
-    version: Literal[1] = 1
-    corpus: str = "stdlib"
-    column: str = "text"
+    version: Literal[1] = Field(default=1, description="Of the splitting and the sampling.")
+    corpus: str = Field(default="stdlib", description="`stdlib`, or a .txt, .jsonl or .parquet file, or a folder.")
+    column: str = Field(default="text", description="Which field of a .jsonl or .parquet file holds the text.")
     context: Annotated[int, Field(ge=2, description="Tokens a training sequence.")] = 256
-    n_validation_bytes: Annotated[int, Field(ge=1)] = 65536
-    n_test_bytes: Annotated[int, Field(ge=1)] = 65536
-    data_sha256: str | None = None
+    n_validation_bytes: Annotated[int, Field(ge=1, description="Of validation text.")] = 65536
+    n_test_bytes: Annotated[int, Field(ge=1, description="Of test text.")] = 65536
+    data_sha256: str | None = Field(default=None, description="Of the corpus; filled in when the study starts.")
 
 
 class Nothing(Spec):
@@ -177,13 +177,22 @@ def training_length(task: Task) -> int:
             return 1
 
 
+METRICS = (
+    "validation_accuracy",
+    "normalised_validation_accuracy",
+    "validation_loss_nats",
+    "validation_bits_per_byte",
+    "train_loss_nats",
+)
+"""What a study can optimise, besides costs; not every task gives every one. Test metrics are only reported."""
+
+
 def metric_names(task: Task) -> tuple[str, ...]:
-    """What a study of `task` can optimise: training and validation metrics. Test metrics are only reported."""
+    """Those of `METRICS` that `task` gives."""
     match task:
         case LanguageModelling():
-            return ("validation_bits_per_byte", "validation_loss_nats", "train_loss_nats")
+            return tuple(name for name in METRICS if not name.endswith("accuracy"))
         case Nothing():
             return ("validation_loss_nats",)
         case _:
-            accuracies = ("validation_accuracy", "normalised_validation_accuracy")
-            return (*accuracies, "validation_loss_nats", "train_loss_nats")
+            return tuple(name for name in METRICS if name != "validation_bits_per_byte")
