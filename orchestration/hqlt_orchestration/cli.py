@@ -49,8 +49,9 @@ def run(
     """Start the study in FILE, or join it, or continue it."""
     if dry_run:
         from hqlt_orchestration.plan import print_plan
+        from hqlt_orchestration.store import Store
 
-        print_plan(file)
+        print_plan(file, Store(data, store))
         return
     from hqlt_orchestration.store import Store
     from hqlt_orchestration.studies import Machine, run
@@ -72,6 +73,199 @@ def resume(
     from hqlt_orchestration.studies import Machine, resume
 
     raise typer.Exit(resume(name, Store(data, store, mlflow), Machine(executor, ray_address)))
+
+
+@study.command()
+def status(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="The study's name; without it, all.")] = None,
+    data: Data = DEFAULT_DATA,
+    store: Database = None,
+    as_json: Json = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Again every two seconds.")] = False,
+) -> None:
+    """How a study stands, on one screen."""
+    from hqlt_orchestration.look import status
+    from hqlt_orchestration.store import Store
+
+    status(name, Store(data, store), as_json=as_json, watch=watch)
+
+
+@study.command()
+def validate(file: StudyFile) -> None:
+    """Every problem of a study file at once, or the size of its space."""
+    from hqlt_orchestration.plan import validate
+
+    validate(file)
+
+
+@study.command("list")
+def list_studies(data: Data = DEFAULT_DATA, store: Database = None) -> None:
+    """Every study in the store."""
+    from hqlt_orchestration.look import list_studies
+    from hqlt_orchestration.store import Store
+
+    list_studies(Store(data, store))
+
+
+@study.command()
+def extend(
+    name: Name,
+    trials: Annotated[int, typer.Option(min=1, help="How many more.")],
+    data: Data = DEFAULT_DATA,
+    store: Database = None,
+) -> None:
+    """Give a study more trials."""
+    from hqlt_orchestration.store import Store
+    from hqlt_orchestration.studies import extend
+
+    extend(name, trials, Store(data, store))
+
+
+@study.command()
+def cancel(trial: TrialName, data: Data = DEFAULT_DATA, store: Database = None) -> None:
+    """Stop a trial, for good."""
+    from hqlt_orchestration.store import Store
+    from hqlt_orchestration.studies import cancel
+
+    cancel(trial, Store(data, store))
+
+
+@study.command()
+def delete(
+    name: Name,
+    data: Data = DEFAULT_DATA,
+    store: Database = None,
+    mlflow: Mlflow = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Remove a study with its results and checkpoints."""
+    from hqlt_orchestration.store import Store
+    from hqlt_orchestration.studies import delete
+
+    if not yes:
+        typer.confirm(f"Remove the study {name} and everything it made?", abort=True, err=True)
+    delete(name, Store(data, store, mlflow))
+
+
+@study.command()
+def gc(name: Name, data: Data = DEFAULT_DATA, store: Database = None) -> None:
+    """Remove checkpoints of trials that are not on the front."""
+    from hqlt_orchestration.store import Store
+    from hqlt_orchestration.studies import free
+
+    free(name, Store(data, store))
+
+
+@app.command()
+def cost(file: StudyFile, data: Data = DEFAULT_DATA, store: Database = None) -> None:
+    """Parameters, FLOPs, memory and hours of a study, before it runs."""
+    from hqlt_orchestration.plan import print_cost
+    from hqlt_orchestration.store import Store
+
+    print_cost(file, Store(data, store))
+
+
+@app.command()
+def pareto(
+    name: Name,
+    out: Annotated[Path | None, typer.Option(help="A .csv, .json, .parquet, .html or .png file.")] = None,
+    data: Data = DEFAULT_DATA,
+    store: Database = None,
+) -> None:
+    """The front of a study, printed or written to a file."""
+    from hqlt_orchestration.look import pareto
+    from hqlt_orchestration.store import Store
+
+    pareto(name, out, Store(data, store))
+
+
+@app.command()
+def ablation(
+    name: Name,
+    out: Annotated[Path | None, typer.Option(help="A .md or .tex file.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Another metric than the first objective.")] = None,
+    data: Data = DEFAULT_DATA,
+    store: Database = None,
+) -> None:
+    """The table of an ablation, printed or written to a file."""
+    from hqlt_orchestration.look import ablation
+    from hqlt_orchestration.store import Store
+
+    ablation(name, out, metric, Store(data, store))
+
+
+@app.command()
+def rerun(
+    trial: TrialName,
+    seed: Annotated[int | None, typer.Option(min=0, help="The seed: a stored one, or a new one.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Short for --set steps=N.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="AXIS=VALUE", help="Change an axis: a variation of the trial.")
+    ] = None,
+    data: Data = DEFAULT_DATA,
+    store: Database = None,
+    mlflow: Mlflow = None,
+    as_json: Json = False,
+) -> None:
+    """Run a stored trial again and compare to the bit, or run a variation of it."""
+    from hqlt_orchestration.rerun import rerun
+    from hqlt_orchestration.store import Store
+
+    raise typer.Exit(
+        rerun(trial, Store(data, store, mlflow), seed=seed, steps=steps, settings=settings or [], as_json=as_json)
+    )
+
+
+@app.command()
+def ui(
+    data: Data = DEFAULT_DATA,
+    mlflow: Mlflow = None,
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
+) -> None:
+    """MLflow's pages on the recorded studies, for this machine only."""
+    from hqlt_orchestration.store import Store
+    from hqlt_orchestration.ui import serve
+
+    serve(Store(data, None, mlflow), port)
+
+
+@app.command()
+def logs(
+    trial: TrialName,
+    seed: Annotated[int | None, typer.Option(min=0, help="Which of its seeds.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until the trial ends.")] = False,
+    data: Data = DEFAULT_DATA,
+    store: Database = None,
+) -> None:
+    """What a trial printed."""
+    from hqlt_orchestration.look import logs
+    from hqlt_orchestration.store import Store
+
+    logs(trial, Store(data, store), seed=seed, follow=follow)
+
+
+@app.command()
+def doctor(
+    data: Data = DEFAULT_DATA,
+    store: Database = None,
+    study: Annotated[str | None, typer.Option(metavar="NAME", help="Check every result of this study too.")] = None,
+    as_json: Json = False,
+) -> None:
+    """What is installed, which backends run here and why, and whether the store is sound."""
+    from hqlt_orchestration.doctor import doctor
+    from hqlt_orchestration.store import Store
+
+    raise typer.Exit(doctor(Store(data, store), study, as_json=as_json))
+
+
+@app.command()
+def schema() -> None:
+    """JSON Schema of the study file."""
+    import json
+
+    from hqlt_search_space.study_file import study_schema
+
+    typer.echo(json.dumps(study_schema(), indent=2))
 
 
 def main() -> None:

@@ -137,6 +137,18 @@ _rungs = sa.Table(
     sa.Column("objectives", sa.Text, nullable=False),
     sa.ForeignKeyConstraint(["study", "number"], ["hqlt_trials.study", "hqlt_trials.number"], ondelete="CASCADE"),
 )
+_reruns = sa.Table(
+    "hqlt_reruns",
+    _metadata,
+    sa.Column("id", sa.String(36), primary_key=True),
+    sa.Column("study", sa.ForeignKey("hqlt_studies.name", ondelete="CASCADE"), nullable=False),
+    sa.Column("number", sa.Integer, nullable=False),
+    sa.Column("changes", sa.Text, nullable=False),  # axis -> value; {} for an exact rerun
+    sa.Column("identical", sa.Boolean, nullable=False),
+    sa.Column("result", sa.Text, nullable=False),
+    sa.Column("folder", sa.Text, nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False),
+)
 
 
 @dataclass(frozen=True)
@@ -625,6 +637,30 @@ class Ledger:
             )
             by_state: dict[str, int] = dict(rows.tuples().all())
         return {state: by_state.get(state, 0) for state in states}
+
+    def add_rerun(
+        self,
+        study: str,
+        number: int,
+        changes: Mapping[str, Any],
+        identical: bool,
+        outcome: TrialResult,
+        folder: str,
+    ) -> None:
+        """Record a rerun, or a variation of a trial. It changes nothing about the trial."""
+        with self.write() as tx:
+            tx.execute(
+                _reruns.insert().values(
+                    id=str(uuid4()),
+                    study=study,
+                    number=number,
+                    changes=json.dumps(dict(changes)),
+                    identical=identical,
+                    result=outcome.model_dump_json(),
+                    folder=folder,
+                    created_at=time.time(),
+                )
+            )
 
     # Rungs
 

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Literal
 from hqlt_dashboards.front import front
 from hqlt_search_space.errors import HqltError, StudyConflictError
 from hqlt_search_space.study import Study
-from hqlt_search_space.study_file import load_study
 from hqlt_search_space.tasks import LanguageModelling
 from hqlt_search_space.trial import StudyResults
 
 from hqlt_orchestration.ledger import Ledger, StudyRow, shown
+from hqlt_orchestration.plan import checked_study
 from hqlt_orchestration.progress import ProgressView
 from hqlt_orchestration.results import study_results
 from hqlt_orchestration.store import Store
@@ -52,8 +52,8 @@ def run(file: Path, store: Store, machine: Machine) -> int:
         StudyConflictError: a study of that name is in the store and differs in what makes a study the same.
         HqltError: the file, the data or the store cannot be used.
     """
+    study = with_data_hash(checked_study(file))
     text = file.read_text(encoding="utf-8")
-    study = with_data_hash(load_study(file))
     ledger = store.open()
     new = StudyRow(
         name=study.name,
@@ -68,7 +68,7 @@ def run(file: Path, store: Store, machine: Machine) -> int:
     )
     stored = ledger.add_study(new)
     if stored.space_hash != study.space_hash:
-        raise StudyConflictError(study.name, study.differences(Study.from_json(stored.study)))
+        raise StudyConflictError(study.name, Study.from_json(stored.study).differences(study))
     if stored != new:
         study = _update(ledger, stored, study)
     return _drive(study, store, ledger, machine)

@@ -1,0 +1,176 @@
+"""`hqlt doctor`: what is installed, what runs here and why, and whether a store is sound."""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+from hqlt_search_space.errors import CheckpointError, HqltError
+
+from hqlt_orchestration.ledger import DriverWatch, Ledger, ReplicaRow, shown
+from hqlt_orchestration.store import Store
+
+PACKAGES = ("hqlt", "torch", "numpy", "optuna", "ray", "mlflow", "sqlalchemy", "pydantic", "triton", "flash-attn-4")
+
+
+def doctor(store: Store, study: str | None, *, as_json: bool) -> int:
+    """Print a report; with `study`, check every result and checkpoint of it too. Returns 1 if anything is wrong."""
+    report: dict[str, Any] = {
+        "versions": _versions(),
+        "devices": _devices(),
+        "backends": _backends(),
+        "stores": list(_stores(store)),
+    }
+    problems = [problem for found in report["stores"] for problem in found["problems"]]
+    if study is not None:
+        found = list(study_problems(store.open_existing(), store, study))
+        report["study"] = {"name": study, "problems": found}
+        problems += found
+    print(json.dumps(report) if as_json else _text(report))
+    return int(bool(problems))
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        versions[package] = None
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def _devices() -> list[dict[str, Any]]:
+    import torch
+
+    cpu = {
+        "kind": "cpu",
+        "name": platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": psutil.virtual_memory().total,
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+    }
+    gpus = [
+        {
+            "kind": "cuda",
+            "name": torch.cuda.get_device_name(i),
+            "memory_bytes": torch.cuda.get_device_properties(i).total_memory,
+        }
+        for i in range(torch.cuda.device_count())
+    ]
+    return [cpu, *gpus]
+
+
+def _backends() -> list[dict[str, str]]:
+    from hqlt_kernels.backends import survey
+
+    return [{"operator": choice.operator, "backend": choice.backend, "reason": choice.reason} for choice in survey()]
+
+
+def _stores(store: Store) -> Iterator[dict[str, Any]]:
+    from hqlt_orchestration.tracking import unshipped_bytes
+
+    if store.database is None and not (store.data / "hqlt.db").exists():
+        return
+    problems: list[str] = []
+    studies = 0
+    try:
+        ledger = store.open()
+        studies = len(ledger.studies())
+        problems += _integrity(store.url)
+    except HqltError as error:
+        problems.append(str(error))
+    yield {"path": shown(store.url), "studies": studies, "problems": problems, **_disk(store.data)}
+    mlflow = store.data / "mlflow.db"
+    if mlflow.exists():
+        waiting = sum(unshipped_bytes(folder) for folder in store.data.glob("studies/*/spool"))
+        yield {
+            "path": str(mlflow),
+            "unshipped_bytes": waiting,
+            "problems": _integrity(f"sqlite:///{mlflow}"),
+            **_disk(store.data),
+        }
+
+
+def _disk(folder: Path) -> dict[str, int]:
+    return {"free_bytes": shutil.disk_usage(folder).free}
+
+
+def _integrity(url: str) -> list[str]:
+    if not url.startswith("sqlite"):
+        return []
+    with contextlib.closing(sqlite3.connect(url.removeprefix("sqlite:///"), timeout=30)) as connection:
+        try:
+            said = [str(row[0]) for row in connection.execute("PRAGMA quick_check")]
+        except sqlite3.DatabaseError as error:
+            said = [str(error)]
+    return [f"{shown(url)}: {line}" for line in said if line != "ok"]
+
+
+def study_problems(ledger: Ledger, store: Store, name: str) -> Iterator[str]:
+    """What contradicts what the ledger promises about a study, a sentence each.
+
+    Every finished replica has one result, and a complete one a checkpoint whose every byte is verified; nothing is
+    running without a living driver; no file is half written.
+    """
+    ledger.study(name)
+    drivers = ledger.drivers(name)
+    alive = len(drivers) - len(DriverWatch().dead(drivers))
+    for attempt in ledger.attempts(name):
+        if attempt.state == "running" and not alive:
+            yield f"trial {attempt.number}, seed {attempt.seed}: running, but no driver lives; resume the study"
+    configs = {row.number: row.config.config_id for row in ledger.trials(name)}
+    for replica in ledger.replicas(name):
+        yield from _replica_problems(replica, store.trial_folder(name, replica.number), configs[replica.number])
+    for path in store.study_folder(name).rglob("*.tmp"):
+        yield f"{path}: half written, left by a crash; it can be removed"
+
+
+def _replica_problems(replica: ReplicaRow, folder: Path, config_id: str) -> Iterator[str]:
+    from hqlt_trainer.checkpoint import load_checkpoint
+
+    where = f"trial {replica.number}, seed {replica.seed}"
+    result = replica.result
+    if (result is not None) != (replica.state in ("complete", "stopped", "failed")) and not replica.cancelled:
+        yield f"{where}: state {replica.state} {'with' if result else 'without'} a result"
+    if result is None or replica.state != "complete" or result.checkpoint is None:
+        return
+    try:
+        load_checkpoint(folder / result.checkpoint, config_id)
+    except CheckpointError as error:
+        yield f"{where}: {error}"
+
+
+def _text(report: dict[str, Any]) -> str:
+    lines = ["  ".join(f"{name} {version or '-'}" for name, version in _halves(report["versions"], 0))]
+    lines.append("  ".join(f"{name} {version or '-'}" for name, version in _halves(report["versions"], 1)))
+    for device in report["devices"]:
+        extra = f", {device['cores']} cores, {device['instruction_set']}" if device["kind"] == "cpu" else ""
+        lines.append(f"{device['kind']}: {device['name']}{extra}, {device['memory_bytes'] / 1024**3:.1f} GiB")
+    if len(report["devices"]) == 1:
+        lines.append("no GPU")
+    lines.append("")
+    lines += [f"{each['operator']:<18} {each['backend']:<10} {each['reason']}" for each in report["backends"]]
+    lines.append("")
+    for found in report["stores"]:
+        state = "sound" if not found["problems"] else "; ".join(found["problems"])
+        waiting = f", {found['unshipped_bytes']:,} bytes wait for MLflow" if found.get("unshipped_bytes") else ""
+        lines.append(f"{found['path']}: {state}{waiting}, {found['free_bytes'] / 1024**3:.0f} GiB free")
+    if not report["stores"]:
+        lines.append("no studies stored yet")
+    if "study" in report:
+        found = report["study"]["problems"]
+        lines += found or [f"study {report['study']['name']}: every result and checkpoint is sound"]
+    return "\n".join(lines)
+
+
+def _halves(versions: dict[str, str | None], half: int) -> list[tuple[str, str | None]]:
+    items = list(versions.items())
+    middle = (len(items) + 1) // 2
+    return items[middle:] if half else items[:middle]

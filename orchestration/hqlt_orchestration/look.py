@@ -1,0 +1,192 @@
+"""What the commands that only read show: status, list, front, ablation table, logs."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from hqlt_dashboards.front import front, front_hypervolume
+from hqlt_dashboards.tables import ablation_text, front_text
+from hqlt_search_space.errors import HqltError, NoResultError, UnknownNameError
+from hqlt_search_space.study import Study
+from hqlt_search_space.trial import StudyResults
+
+from hqlt_orchestration.executor import LOG_FILE, replica_folder
+from hqlt_orchestration.ledger import DriverWatch, Ledger
+from hqlt_orchestration.results import study_results
+from hqlt_orchestration.store import Store
+from hqlt_orchestration.studies import metric_of
+
+WATCH_EVERY_S = 2.0
+FOLLOW_EVERY_S = 0.3
+SHOWN_FAILURES = 8
+
+
+def status(name: str | None, store: Store, *, as_json: bool, watch: bool) -> None:
+    """Print how a study stands, or with no name how all do.
+
+    Raises:
+        UnknownNameError: there is no such study.
+    """
+    ledger = store.open_existing()
+    while True:
+        text = _list_text(ledger) if name is None else _status_text(ledger, name, as_json=as_json)
+        if watch and sys.stdout.isatty():
+            print("\x1b[H\x1b[2J", end="")
+        print(text, flush=True)
+        if not watch or (name is not None and ledger.study(name).state == "complete"):
+            return
+        time.sleep(WATCH_EVERY_S)
+
+
+def list_studies(store: Store) -> None:
+    print(_list_text(store.open_existing()))
+
+
+def _list_text(ledger: Ledger) -> str:
+    rows = ledger.studies()
+    if not rows:
+        return "no studies yet; run one with: hqlt study run FILE"
+    lines = []
+    for row in rows:
+        counts = ledger.counts(row.name)
+        done = counts["complete"] + counts["stopped"] + counts["failed"] + counts["quarantined"]
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(row.created_at))
+        lines.append(f"{row.name:<32} {row.state:<9} {done:>5} of {row.budget:<5} {when}")
+    return "\n".join(lines)
+
+
+def _status_text(ledger: Ledger, name: str, *, as_json: bool) -> str:
+    row = ledger.study(name)
+    counts = ledger.counts(name)
+    results = study_results(ledger, name)
+    members = front(results.trials, results.objectives, results.constraints)
+    if as_json:
+        return json.dumps(
+            {
+                "name": name,
+                "budget": row.budget,
+                "trials": counts,
+                "front": [record.trial_id for record in members],
+                "hypervolume": front_hypervolume(results),
+            }
+        )
+    shown = ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "no trial yet"
+    lines = [f"{name}: {row.state}, {sum(counts.values())} of {row.budget} trials: {shown}"]
+    if row.note:
+        lines.append(row.note)
+    lines += _drivers(ledger, name)
+    lines += _running(ledger, name)
+    if members:
+        lines += ["", front_text(results).rstrip()]
+    lines += _failures(ledger, results)
+    if row.state != "complete":
+        lines += ["", f"continue with: hqlt study resume {name}"]
+    return "\n".join(lines)
+
+
+def _drivers(ledger: Ledger, name: str) -> Iterator[str]:
+    drivers = ledger.drivers(name)
+    dead = {driver.id for driver in DriverWatch().dead(drivers)}
+    for driver in drivers:
+        if driver.id not in dead:
+            yield f"run by process {driver.pid} on {driver.host} ({driver.executor})"
+
+
+def _running(ledger: Ledger, name: str) -> Iterator[str]:
+    for attempt in ledger.attempts(name):
+        if attempt.state == "running":
+            again = f", attempt {attempt.attempt}" if attempt.attempt > 1 else ""
+            minutes = (time.time() - attempt.started_at) / 60
+            yield f"  trial {attempt.number}, seed {attempt.seed}: step {attempt.step}, {minutes:.1f} min{again}"
+
+
+def _failures(ledger: Ledger, results: StudyResults) -> list[str]:
+    bad = [record for record in results.trials if record.state in ("failed", "quarantined")]
+    last_words = {attempt.number: attempt.message for attempt in ledger.attempts(results.name) if attempt.message}
+    lines = [""] if bad else []
+    for record in bad[:SHOWN_FAILURES]:
+        failed = [replica for replica in record.replicas if replica.status == "failed"]
+        message = (failed[0].message or str(failed[0].reason)) if failed else last_words.get(record.number, "")
+        lines.append(f"trial {record.number} {record.state}: {_last_line(message or 'no message')}")
+    if len(bad) > SHOWN_FAILURES:
+        lines.append(f"and {len(bad) - SHOWN_FAILURES} more")
+    return lines
+
+
+def _last_line(text: str) -> str:
+    return text.strip().splitlines()[-1]
+
+
+def pareto(name: str, out: Path | None, store: Store) -> None:
+    """Print the front of a study, or write it to `out` in the format of its suffix.
+
+    Raises:
+        UnknownNameError: there is no such study.
+        NoResultError: it has no complete trial.
+    """
+    results = study_results(store.open_existing(), name)
+    if out is not None:
+        from hqlt_dashboards.export import export_front
+
+        export_front(results, out)
+        print(f"written to {out}", file=sys.stderr)
+        return
+    if not front(results.trials, results.objectives, results.constraints):
+        raise NoResultError(f"study {name!r} has no complete trial yet, so it has no front")
+    print(front_text(results), end="")
+
+
+def ablation(name: str, out: Path | None, metric: str | None, store: Store) -> None:
+    """Print the ablation table of a study, or write it to `out` as .md or .tex.
+
+    Raises:
+        HqltError: the study is a search, has no results, or the suffix is another.
+    """
+    from hqlt_dashboards.ablation import ablation_table
+
+    ledger = store.open_existing()
+    study = Study.from_json(ledger.study(name).study)
+    results = study_results(ledger, name)
+    if study.ablation is not None and not any(record.replicas for record in results.trials):
+        raise NoResultError(f"study {name!r} has no result yet, so it has no table")
+    table = ablation_table(results, metric or metric_of(study))
+    if out is None:
+        print(ablation_text(table), end="")
+        return
+    text = {".md": table.to_markdown, ".tex": table.to_latex}.get(out.suffix)
+    if text is None:
+        raise HqltError(f"cannot write a table as {out.suffix or 'a file without suffix'!r}; give .md or .tex")
+    try:
+        out.write_text(text(), encoding="utf-8")
+    except OSError as error:
+        raise HqltError(f"cannot write {out}: {error.strerror}") from error
+    print(f"written to {out}", file=sys.stderr)
+
+
+def logs(trial: str, store: Store, *, seed: int | None, follow: bool) -> None:
+    """Print what a trial printed, by default that of its first seed; with `follow`, until the trial has ended.
+
+    Raises:
+        UnknownNameError: there is no such trial, or seed of it.
+    """
+    ledger = store.open_existing()
+    study, number = ledger.find_trial(trial)
+    seeds = [replica.seed for replica in ledger.replicas(study, number)]
+    if seed is not None and seed not in seeds:
+        raise UnknownNameError("seed", str(seed), tuple(map(str, seeds)))
+    path = replica_folder(store.trial_folder(study, number), seeds[0] if seed is None else seed) / LOG_FILE
+    if not path.exists() and not follow:
+        raise NoResultError(f"trial {study}/{number} has printed nothing yet, or ran with another --data folder")
+    shown = 0
+    while True:
+        ended = ledger.trial(study, number).state not in ("running", "waiting")
+        if path.exists():
+            with path.open(encoding="utf-8", errors="replace") as file:
+                file.seek(shown)
+                print(file.read(), end="", flush=True)
+                shown = file.tell()
+        if not follow or ended:
+            return
+        time.sleep(FOLLOW_EVERY_S)

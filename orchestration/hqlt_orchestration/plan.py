@@ -1,0 +1,143 @@
+"""What a study would do and cost, before anything trains."""
+
+import math
+import random
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+
+from hqlt_dashboards.words import describe, format_value
+from hqlt_search_space.axes import AxisDomain, AxisValue, Choices, IntegerRange, RealRange
+from hqlt_search_space.cost import costs
+from hqlt_search_space.errors import InvalidArchError, StudyFileError
+from hqlt_search_space.study import Study
+from hqlt_search_space.study_file import load_study
+from hqlt_search_space.trial import Config
+
+from hqlt_orchestration.results import study_results
+from hqlt_orchestration.store import Store
+
+N_SAMPLED = 200  # configs whose costs stand for a space that is not listed
+SHOWN = ("parameters", "flops_per_token", "training_flops", "state_bytes", "decode_flops", "training_bytes")
+
+
+def checked_study(file: Path) -> Study:
+    """The study in `file`, if something in it can be trained.
+
+    Raises:
+        StudyFileError: it has problems, or nothing satisfies its constraints.
+    """
+    study = load_study(file)
+    why = study.why_empty() if study.search is not None else None
+    if why is not None:
+        raise StudyFileError(str(file), (f"constraints: {why}" if study.constraints else f"search.space: {why}",))
+    return study
+
+
+def validate(file: Path) -> None:
+    """Say that a study file is good, and how large its space is."""
+    study = checked_study(file)
+    print(f"{file}: no problems\n{_summary(study)}")
+
+
+def print_plan(file: Path, store: Store) -> None:
+    """What `hqlt study run` would do."""
+    validate(file)
+    print_cost(file, store)
+
+
+def _summary(study: Study) -> str:
+    seeds = f"{len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''} each"
+    if study.search is None:
+        return f"ablation {study.name}: {study.n_trials} cells, {seeds}"
+    size = study.size()
+    space = "infinitely many, or too many to count" if size is None else f"{size:,}"
+    replicated = f", then the front over {len(study.replication.seeds)} fresh seeds" if study.replication else ""
+    return (
+        f"search {study.name}: {min(study.n_trials, size or study.n_trials)} trials ({study.search.sampler.kind}), "
+        f"{seeds}{replicated}\ndistinct configs within the constraints: {space}"
+    )
+
+
+def print_cost(file: Path, store: Store) -> None:
+    """Parameters, FLOPs and bytes of the study's models, and the hours that training them takes."""
+    study = checked_study(file)
+    if study.ablation is not None:
+        found = [cell.config for cell in study.cells()]
+        for cell in study.cells():
+            cost = costs(cell.config)
+            left = "" if cell.residual is None else f"   {cell.residual:+.2%} off the baseline's {study.ablation.match}"
+            print(f"{cell.label:<36} {format_value('parameters', cost['parameters']):>9} parameters{left}")
+        print()
+    else:
+        found = list(_some_configs(study))
+    table = [costs(config) for config in found]
+    print(f"{'':<18}{'smallest':>12}{'median':>12}{'largest':>12}   of {len(table)} configs")
+    for name in SHOWN:
+        values = sorted(cost[name] for cost in table)
+        cells = (values[0], statistics.median(values), values[-1])
+        print(f"{name.replace('_', ' '):<18}" + "".join(f"{format_value(name, value):>12}" for value in cells))
+    largest = max(zip(table, found, strict=True), key=lambda pair: pair[0]["parameters"])[1]
+    print(f"largest model: {describe(largest.arch)}")
+    print(_hours(study, statistics.fmean(cost["training_flops"] for cost in table), store))
+
+
+def _hours(study: Study, mean_flops: float, store: Store) -> str:
+    n_models = study.n_trials * len(study.seeds)
+    total = mean_flops * n_models
+    speed = _speed(store)
+    stopped = "; early stopping makes it less" if study.early_stopping else ""
+    after = "; replication comes on top" if study.replication else ""
+    lead = f"{n_models} models, {format_value('training_flops', total)} FLOP in training"
+    if speed is None:
+        return f"{lead}{stopped}{after}. Hours: not known until a study has run with this data folder"
+    hours = total / speed / study.budget.parallel / 3600
+    return (
+        f"{lead}: about {hours:.2g} h with {study.budget.parallel} at a time, "
+        f"at the {format_value('flops', speed)} FLOP/s seen here{stopped}{after}"
+    )
+
+
+def _speed(store: Store) -> float | None:
+    """Training FLOP a second that earlier trials in the store reached, in the median; None if there are none."""
+    if store.database is None and not (store.data / "hqlt.db").exists():
+        return None
+    ledger = store.open()
+    speeds = [
+        record.costs["training_flops"] / replica.train_seconds
+        for row in ledger.studies()
+        for record in study_results(ledger, row.name).trials
+        for replica in record.replicas
+        if replica.status == "complete" and replica.train_seconds
+    ]
+    return statistics.median(speeds) if speeds else None
+
+
+def _some_configs(study: Study) -> Iterator[Config]:
+    """Feasible configs drawn at random, always the same ones."""
+    draw = random.Random(0)  # noqa: S311  a sample, not a secret
+    seen: set[str] = set()
+    for _ in range(N_SAMPLED * 20):
+        try:
+            config, _ = study.resolve({name: _drawn(domain, draw) for name, domain in study.domains().items()})
+        except InvalidArchError:
+            continue
+        if config.config_id not in seen and not study.violations(costs(config)):
+            seen.add(config.config_id)
+            yield config
+        if len(seen) == N_SAMPLED:
+            return
+
+
+def _drawn(domain: AxisDomain, draw: random.Random) -> AxisValue:
+    match domain:
+        case Choices(values):
+            return draw.choice(values)
+        case IntegerRange(low, high, _, True):
+            return round(math.exp(draw.uniform(math.log(low), math.log(high))))
+        case IntegerRange(low, high, step, _):
+            return draw.randrange(low, high + 1, step)
+        case RealRange(low, high, True):
+            return math.exp(draw.uniform(math.log(low), math.log(high)))
+        case RealRange(low, high, _):
+            return draw.uniform(low, high)
