@@ -78,14 +78,12 @@ def read_study(raw: bytes, path: str) -> Study:
 
 
 def study_schema() -> dict[str, Any]:
-    """The JSON Schema (2020-12) of a study file, for completion and hover texts in an editor."""
+    """The JSON Schema (2020-12) of a study file, for completion and hover texts in an editor.
+
+    `hqlt schema` prints it; search_space/studies/study.schema.json is a copy.
+    """
     schema = _without_titles(Study.model_json_schema())
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "hqlt study", **schema}
-
-
-def schema_text() -> str:
-    """`study_schema` as it is printed and committed (search_space/studies/study.schema.json)."""
-    return json.dumps(study_schema(), indent=2, ensure_ascii=False) + "\n"
 
 
 def _without_titles(schema: Any) -> Any:
