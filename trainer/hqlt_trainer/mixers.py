@@ -33,14 +33,14 @@ Memory = Literal["kv", "fw"]
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + 1e-5) * weight over the last axis, in float32; returns the type of `x`."""
+    """x / sqrt(mean(x^2) + 1e-5) * weight over the last axis, in the type of the weight; returns the type of `x`."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.rms_norm(x.float(), self.weight.shape, self.weight, NORM_EPSILON).to(x.dtype)
+        return functional.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, NORM_EPSILON).to(x.dtype)
 
 
 class ShortConvolution(nn.Module):

@@ -17,16 +17,16 @@ from hqlt_trainer.mixers import LayerState, MixerLayer, RMSNorm, ShortConvolutio
 
 
 class SwiGLU(nn.Module):
-    """down(SiLU(gate x) * up x); the rows of `gate_up_proj` are gate, then up."""
+    """down(SiLU(gate x) * up x)."""
 
     def __init__(self, d_model: int, inner: int) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Linear(d_model, 2 * inner, bias=False)
+        self.gate_proj = nn.Linear(d_model, inner, bias=False)
+        self.up_proj = nn.Linear(d_model, inner, bias=False)
         self.down_proj = nn.Linear(inner, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        out: Tensor = self.down_proj(functional.silu(gate) * up)
+        out: Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
         return out
 
 
