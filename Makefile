@@ -6,7 +6,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
-INSTALL := $(PIP) install --constraint constraints.txt
+INSTALL := $(PIP) install --quiet --constraint constraints.txt
 
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -66,30 +66,33 @@ schema: install
 constraints: $(VENV)/.pip
 	$(PIP) install --upgrade --upgrade-strategy eager --editable '.[postgres]' --group dev
 	@echo '# The versions that were tested together. Written by `make constraints`.' > constraints.txt
-	$(PIP) freeze --exclude-editable --exclude hqlt | sed 's/+[^+]*$$//' | LC_ALL=C sort --ignore-case >> constraints.txt
+	$(PIP) freeze --all --exclude-editable --exclude hqlt --exclude pip | sed 's/+[^+]*$$//' | LC_ALL=C sort --ignore-case >> constraints.txt
 
 $(BIN)/python:
 	@test -n '$(PYTHON)' || { echo 'error: hqlt needs Python 3.11, 3.12 or 3.13, and none of python3, python3.11, python3.12,' \
 		'python3.13 is one; install one, or name it: make PYTHON=/path/to/python3.12' >&2; exit 2; }
-	@'$(PYTHON)' -c '$(SUPPORTED)' || { echo 'error: hqlt needs Python 3.11, 3.12 or 3.13; $(PYTHON) is' \
-		"$$('$(PYTHON)' --version 2>&1); name another: make PYTHON=python3.12" >&2; exit 2; }
+	@'$(PYTHON)' -c '$(SUPPORTED)' 2>/dev/null || { echo 'error: hqlt needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is' \
+		'another version or does not run; name another: make PYTHON=python3.12' >&2; exit 2; }
 	@'$(PYTHON)' -c 'import ensurepip, venv' 2>/dev/null || { echo 'error: $(PYTHON) cannot make a virtual environment;' \
 		'on Debian or Ubuntu: sudo apt install python3-venv' >&2; exit 2; }
-	'$(PYTHON)' -m venv --clear $(VENV)
+	@'$(PYTHON)' -m venv --clear $(VENV)
 
 # The pip of a new .venv may be older than dependency groups (25.1).
 $(VENV)/.pip: | $(BIN)/python
-	$(PIP) install --quiet --upgrade 'pip>=25.1'
+	@$(PIP) install --quiet --upgrade 'pip>=25.1'
 	@touch $@
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.pip
-	$(INSTALL) --editable .
+	@echo 'installing hqlt and what it needs into $(VENV): a minute or two on a good line, 2 GB on disk (8 GB with CUDA)'
+	@$(INSTALL) --editable .
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(INSTALL) --editable '.[postgres]' --group test
+	@echo 'installing what tests need into $(VENV)'
+	@$(INSTALL) --editable '.[postgres]' --group test
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed-test
-	$(INSTALL) --editable '.[postgres]' --group dev
+	@echo 'installing what checks need into $(VENV)'
+	@$(INSTALL) --editable '.[postgres]' --group dev
 	@touch $@
