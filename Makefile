@@ -25,7 +25,7 @@ help:
 	@echo 'make check           format, lint, types and import arrows'
 	@echo 'make bench           overhead of the platform per trial, beside Ray Tune'
 	@echo 'make bench-kernels   the kernels beside their baselines'
-	@echo 'make schema          write search_space/study.schema.json anew'
+	@echo 'make schema          write search_space/studies/study.schema.json anew'
 	@echo 'make constraints     resolve the newest versions that pyproject.toml allows and write constraints.txt'
 
 install: $(VENV)/.installed
@@ -59,7 +59,7 @@ bench-kernels: install
 	$(BIN)/python kernels/bench.py
 
 schema: install
-	$(BIN)/hqlt schema > search_space/study.schema.json
+	$(BIN)/hqlt schema > search_space/studies/study.schema.json
 
 # Local versions (2.13.0+cpu) go: elsewhere the same version is the ordinary build. Begin with `rm -rf .venv`, so that
 # nothing else is in there.
