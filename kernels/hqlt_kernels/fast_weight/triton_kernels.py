@@ -14,11 +14,14 @@ and backward, with dS the gradient of S':
     P = tril(D do U^T)      M = -tril(D dR U^T, -1)               gradient_kernel, all tiles at once
     dq = gamma do S^T + P k
     dk = (gamma_last / gamma) U dS^T + P^T q - gamma dR S^T + (M + M^T) k
-    b^2 dbeta = rowsum(dR U)           d(sum of log_decay)_i = q dq + k dk - 2 b dbeta, and <S', dS> for the last row
+    b^2 dbeta = rowsum(dR U)           d(log gamma) = rowsum(do o) - rowsum(dv v), and <S', dS> for the last row
+    <q, dq> = rowsum(do o)             <k, dk> = 2 b dbeta - rowsum(dv v)   (additive: rowsum(dv v))
 
 The scale is multiplied into q by prepare_kernel, and b into T, so that the two scans, which are serial in time, load
 neither. dbeta divides by b twice; a b of exactly zero is replaced by a tiny one, whose writes are far below rounding.
-No product of three C x C matrices is left in the backward, and no tensor w, u, dw beside the writes.
+No product of three C x C matrices is left in the backward, and no tensor w, u, dw beside the writes. The inner
+products in the last line are what the backward of the l2 norm needs of a whole row; known from the values' side, they
+let a program compute a slice of the columns of dq and dk to the end.
 
 Reading: query i reads the writes j <= i (READ = 0), or those of earlier blocks of READ tokens. A tile then holds whole
 blocks (READ < BT), or a block is cut into PARTS tiles, all of which read the state at the block's start. STRIDE is the
@@ -50,6 +53,24 @@ def _tile(c, T, BT: tl.constexpr, PARTS: tl.constexpr, STRIDE: tl.constexpr):
 
 
 @triton.jit
+def _load(at, ok, MASKED: tl.constexpr):
+    """A tile whose rows outside `ok` are zero."""
+    if MASKED:
+        x = tl.load(at, mask=ok[:, None], other=0.0)
+    else:
+        x = tl.load(at)
+    return x
+
+
+@triton.jit
+def _store(at, x, ok, MASKED: tl.constexpr):
+    if MASKED:
+        tl.store(at, x.to(at.dtype.element_ty), mask=ok[:, None])
+    else:
+        tl.store(at, x.to(at.dtype.element_ty))
+
+
+@triton.jit
 def _activate(x, FEATURE: tl.constexpr):
     """The feature map before its l2 norm."""
     if FEATURE == SILU_L2:
@@ -74,11 +95,14 @@ def _activate_backward(x, dy, FEATURE: tl.constexpr):
 
 
 @triton.jit
-def _features(x, FEATURE: tl.constexpr):
+def _features(x, FEATURE: tl.constexpr, BT: tl.constexpr):
+    """phi(x) of whole rows [BT, K], and 1 / l2 norm by row (1 where the feature map has none)."""
     x = _activate(x, FEATURE)
+    norm = tl.full((BT,), 1.0, tl.float32)
     if FEATURE == SILU_L2 or FEATURE == RELU_L2:
-        x = x * tl.rsqrt(tl.sum(x * x, 1) + L2_EPSILON)[:, None]
-    return x
+        norm = tl.rsqrt(tl.sum(x * x, 1) + L2_EPSILON)
+        x *= norm[:, None]
+    return x, norm
 
 
 @triton.jit
@@ -133,6 +157,7 @@ def prepare_kernel(
     k_out,
     transfer,
     gates,
+    norms,
     T,
     NT,
     scale,
@@ -143,16 +168,17 @@ def prepare_kernel(
     PARTS: tl.constexpr,
     READ: tl.constexpr,
     SHIFT: tl.constexpr,
+    MASKED: tl.constexpr,
     FEATURE: tl.constexpr,
     DELTA: tl.constexpr,
     DECAY: tl.constexpr,
     TINY: tl.constexpr,
     PREC: tl.constexpr,
 ):
-    """Features of q (times scale) and k, the matrix T, and the log2 of gamma for keys and for queries.
+    """Features of q (times scale) and k with 1 / l2 norm, the matrix T, the log2 of gamma for keys and for queries.
 
     q, k, q_out, k_out [B, T, H, K]; beta, log_decay [B, T, H]; transfer [B * H, NT, BT, BT];
-    gates [B * H, NT, 2, BT] float32 (keys, queries). Grid (NT, B * H). k_out is by the time of writing (SHIFT applied).
+    gates, norms [B * H, NT, 2, BT] float32 (keys, queries). Grid (NT, B * H). k_out is by the time of writing (SHIFT applied).
     """
     c = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
@@ -161,16 +187,19 @@ def prepare_kernel(
     d = tl.arange(0, K)
     row = (bh // H) * T * H + bh % H + first * H
     ok = i < count
-    x = tl.load(q + row * K + i[:, None] * (H * K) + d[None, :], mask=ok[:, None], other=0.0).to(tl.float32)
-    x = _features(x, FEATURE) * scale
-    tl.store(q_out + row * K + i[:, None] * (H * K) + d[None, :], x.to(q_out.dtype.element_ty), mask=ok[:, None])
+    x = _load(q + row * K + i[:, None] * (H * K) + d[None, :], ok, MASKED).to(tl.float32)
+    x, norm = _features(x, FEATURE, BT)
+    _store(q_out + row * K + i[:, None] * (H * K) + d[None, :], x * scale, ok, MASKED)
+    norm_at = norms + (bh * NT + c) * (2 * BT) + i
+    tl.store(norm_at + BT, norm)
     ok_k = ok & (first + i >= SHIFT)
-    x = tl.load(
-        k + (row - SHIFT * H) * K + i[:, None] * (H * K) + d[None, :], mask=ok_k[:, None], other=0.0
-    ).to(tl.float32)
-    x = tl.where(ok_k[:, None], _features(x, FEATURE), 0.0)
+    x = _load(k + (row - SHIFT * H) * K + i[:, None] * (H * K) + d[None, :], ok_k, MASKED).to(tl.float32)
+    x, norm = _features(x, FEATURE, BT)
+    tl.store(norm_at, norm)
+    if FEATURE == ELU_PLUS_ONE and MASKED:
+        x = tl.where(ok_k[:, None], x, 0.0)
     kb = x.to(k_out.dtype.element_ty)
-    tl.store(k_out + row * K + i[:, None] * (H * K) + d[None, :], kb, mask=ok[:, None])
+    _store(k_out + row * K + i[:, None] * (H * K) + d[None, :], kb, ok, MASKED)
     if DECAY:
         g = tl.load(log_decay + row + i * H, mask=ok, other=0.0).to(tl.float32) * LOG2E
         gk = tl.cumsum(g, 0)
@@ -218,6 +247,7 @@ def scan_kernel(
     PARTS: tl.constexpr,
     READ: tl.constexpr,
     SHIFT: tl.constexpr,
+    MASKED: tl.constexpr,
     DELTA: tl.constexpr,
     DECAY: tl.constexpr,
     OUTPUT: tl.constexpr,
@@ -251,9 +281,9 @@ def scan_kernel(
             read = Sb
         elif c % PARTS == 0:
             read = Sb
-        kb = tl.load(k + row * K + i[:, None] * (H * K) + d[None, :], mask=ok[:, None], other=0.0)
+        kb = _load(k + row * K + i[:, None] * (H * K) + d[None, :], ok, MASKED)
         ok_v = ok & (first + i >= SHIFT)
-        vb = tl.load(v + (row - SHIFT * H) * V + i[:, None] * (H * V) + e[None, :], mask=ok_v[:, None], other=0.0)
+        vb = _load(v + (row - SHIFT * H) * V + i[:, None] * (H * V) + e[None, :], ok_v, MASKED)
         if DECAY:
             gk = tl.load(gates + (bh * NT + c) * (2 * BT) + i)
             last = tl.load(gates + (bh * NT + c) * (2 * BT) + BT - 1)
@@ -266,11 +296,11 @@ def scan_kernel(
             U = tl.dot(tb, R.to(kb.dtype), input_precision=PREC)
             Ub = U.to(kb.dtype)
             if SAVE:
-                tl.store(writes + row * V + i[:, None] * (H * V) + e[None, :], Ub, mask=ok[:, None])
+                _store(writes + row * V + i[:, None] * (H * V) + e[None, :], Ub, ok, MASKED)
         else:
             Ub = vb
         if OUTPUT:
-            qb = tl.load(q + row * K + i[:, None] * (H * K) + d[None, :], mask=ok[:, None], other=0.0)
+            qb = _load(q + row * K + i[:, None] * (H * K) + d[None, :], ok, MASKED)
             acc = tl.dot(qb, read, input_precision=PREC)
             if DECAY:
                 gq = tl.load(gates + ((bh * NT + c) * 2 + 1) * BT + i)
@@ -282,9 +312,7 @@ def scan_kernel(
                     P *= tl.exp2(tl.where(seen, gq[:, None] - gk[None, :], 0.0))
                 P = tl.where(seen, P, 0.0)
                 acc = tl.dot(P.to(kb.dtype), Ub, acc, input_precision=PREC)
-            tl.store(
-                o + row * V + i[:, None] * (H * V) + e[None, :], acc.to(o.dtype.element_ty), mask=ok[:, None]
-            )
+            _store(o + row * V + i[:, None] * (H * V) + e[None, :], acc, ok, MASKED)
         if DECAY:
             Ub = (Ub.to(tl.float32) * tl.exp2(last - gk)[:, None]).to(kb.dtype)
             S *= tl.exp2(last)
@@ -314,6 +342,7 @@ def reverse_scan_kernel(
     PARTS: tl.constexpr,
     READ: tl.constexpr,
     SHIFT: tl.constexpr,
+    MASKED: tl.constexpr,
     DELTA: tl.constexpr,
     DECAY: tl.constexpr,
     FINAL: tl.constexpr,
@@ -341,9 +370,9 @@ def reverse_scan_kernel(
         row = (bh // H) * T * H + bh % H + first * H
         dSb = dS.to(k.dtype.element_ty)
         tl.store(dstates + (bh * NT + c) * (K * V) + state_at, dSb)
-        kb = tl.load(k + row * K + i[:, None] * (H * K) + d[None, :], mask=ok[:, None], other=0.0)
-        qb = tl.load(q + row * K + i[:, None] * (H * K) + d[None, :], mask=ok[:, None], other=0.0)
-        dob = tl.load(do + row * V + i[:, None] * (H * V) + e[None, :], mask=ok[:, None], other=0.0)
+        kb = _load(k + row * K + i[:, None] * (H * K) + d[None, :], ok, MASKED)
+        qb = _load(q + row * K + i[:, None] * (H * K) + d[None, :], ok, MASKED)
+        dob = _load(do + row * V + i[:, None] * (H * V) + e[None, :], ok, MASKED)
         dU = tl.dot(kb, dSb, input_precision=PREC)
         if DECAY:
             gk = tl.load(gates + (bh * NT + c) * (2 * BT) + i)
@@ -365,7 +394,7 @@ def reverse_scan_kernel(
             dR = dU
         ok_v = ok & (first + i >= SHIFT)
         dv_at = dv + (row - SHIFT * H) * V + i[:, None] * (H * V) + e[None, :]
-        tl.store(dv_at, dR.to(dv.dtype.element_ty), mask=ok_v[:, None])
+        _store(dv_at, dR, ok_v, MASKED)
         if DECAY:
             dob = (dob.to(tl.float32) * tl.exp2(gq)[:, None]).to(kb.dtype)
         if PARTS == 1:
@@ -384,131 +413,27 @@ def reverse_scan_kernel(
 
 
 @triton.jit
-def _slice_gradients(
-    q,
-    k,
-    do,
-    U,
-    dR,
-    P,
-    PT,
-    M,
-    state,
-    read,
-    dstate,
-    row_q,
-    row_k,
-    ok_q,
-    ok_k,
-    norm_q,
-    norm_k,
-    gk,
-    gq,
-    last,
-    scale,
-    k0: tl.constexpr,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BT: tl.constexpr,
-    BK: tl.constexpr,
-    PARTS: tl.constexpr,
-    FEATURE: tl.constexpr,
-    DELTA: tl.constexpr,
-    DECAY: tl.constexpr,
-    LOCAL: tl.constexpr,
-    PREC: tl.constexpr,
-):
-    """Of the columns k0 to k0 + BK: dq, dk [BT, BK], their inner products with q and k by row, and <S', dS>."""
-    i = tl.arange(0, BT)
-    d = k0 + tl.arange(0, BK)
-    e = tl.arange(0, V)
-    at = d[:, None] * V + e[None, :]
-    rows = i[:, None] * (H * K) + d[None, :]
-    S = tl.load(read + at)
-    dq = tl.dot(do, tl.trans(S), input_precision=PREC)
-    if DECAY:
-        dq *= tl.exp2(gq)[:, None]
-    dS = tl.load(dstate + at)
-    dk = tl.dot(U, tl.trans(dS), input_precision=PREC)
-    yk = _activate(tl.load(k + row_k * K + rows, mask=ok_k[:, None], other=0.0).to(tl.float32), FEATURE)
-    yk = tl.where(ok_k[:, None], yk * norm_k[:, None], 0.0)
-    dlast = 0.0
-    if PARTS > 1:
-        S = tl.load(state + at)
-    if DECAY:
-        dk *= tl.exp2(last - gk)[:, None]
-        dlast = tl.sum(tl.sum(yk * dk, 1), 0)
-        dlast += tl.exp2(last) * tl.sum(tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1), 0)
-    yq = _activate(tl.load(q + row_q * K + rows, mask=ok_q[:, None], other=0.0).to(tl.float32), FEATURE)
-    yq *= norm_q[:, None]
-    if DELTA:
-        dk_read = tl.dot(dR, tl.trans(S), input_precision=PREC)
-        if DECAY:
-            dk_read *= tl.exp2(gk)[:, None]
-        dk -= dk_read
-    kb = yk.to(do.dtype)
-    if LOCAL:
-        dq = tl.dot(P, kb, dq, input_precision=PREC)
-        dk = tl.dot(PT, (yq * scale).to(do.dtype), dk, input_precision=PREC)
-    if DELTA:
-        dk = tl.dot(M, kb, dk, input_precision=PREC)
-    dq *= scale
-    return dq, dk, tl.sum(yq * dq, 1), tl.sum(yk * dk, 1), dlast
-
-
-@triton.jit
-def _store_input_gradient(
-    x,
-    dx,
-    dy,
-    row,
-    ok,
-    norm,
-    inner,
-    k0: tl.constexpr,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    BT: tl.constexpr,
-    BK: tl.constexpr,
-    FEATURE: tl.constexpr,
-):
-    """dx of columns k0 to k0 + BK from the gradient dy of the features; inner = <y, dy> by row."""
-    i = tl.arange(0, BT)
-    d = k0 + tl.arange(0, BK)
-    at = row * K + i[:, None] * (H * K) + d[None, :]
-    if FEATURE != IDENTITY:
-        x = tl.load(x + at, mask=ok[:, None], other=0.0).to(tl.float32)
-        if FEATURE == SILU_L2 or FEATURE == RELU_L2:
-            y = _activate(x, FEATURE) * norm[:, None]
-            dy = (dy - y * inner[:, None]) * norm[:, None]
-        dy = _activate_backward(x, dy, FEATURE)
-    tl.store(dx + at, dy.to(dx.dtype.element_ty), mask=ok[:, None])
-
-
-@triton.jit
-def _norms(x, row, ok, H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, FEATURE: tl.constexpr):
-    """1 / l2 norm by row, or 1 where the feature map has none."""
-    norm = tl.full((BT,), 1.0, tl.float32)
+def _features_backward(x, dy, norm, inner, FEATURE: tl.constexpr):
+    """The gradient of x from that of y = phi(x); inner = <y, dy> and norm are of whole rows, x may be a slice."""
     if FEATURE == SILU_L2 or FEATURE == RELU_L2:
-        i = tl.arange(0, BT)
-        d = tl.arange(0, K)
-        y = tl.load(x + row * K + i[:, None] * (H * K) + d[None, :], mask=ok[:, None], other=0.0).to(tl.float32)
-        y = _activate(y, FEATURE)
-        norm = tl.rsqrt(tl.sum(y * y, 1) + L2_EPSILON)
-    return norm
+        dy = (dy - _activate(x, FEATURE) * (norm * inner)[:, None]) * norm[:, None]
+    return _activate_backward(x, dy, FEATURE)
 
 
 @triton.jit
 def gradient_kernel(
     q,
     k,
+    v,
     beta,
     gates,
+    norms,
+    o,
     do,
     dv,
     writes,
     states,
+    final,
     dstates,
     dq,
     dk,
@@ -526,21 +451,24 @@ def gradient_kernel(
     PARTS: tl.constexpr,
     READ: tl.constexpr,
     SHIFT: tl.constexpr,
+    MASKED: tl.constexpr,
     FEATURE: tl.constexpr,
     DELTA: tl.constexpr,
     DECAY: tl.constexpr,
     TINY: tl.constexpr,
     PREC: tl.constexpr,
 ):
-    """dq, dk before the feature map, dbeta and dlog_decay. q, k are the inputs, not the features. Grid (NT, B * H).
+    """dq, dk before the feature map, dbeta, and dlog_decay [K / BK, B, T, H], a part from each slice of K.
 
-    writes is U, or v itself for the additive rules. A program takes K in slices of BK columns (at most two), to keep
-    the accumulators in registers; the l2 norm's backward needs the inner products of whole rows.
+    q, k are the inputs, not the features; final is the state after the last tile. Grid (NT * K / BK, B * H).
     """
-    c = tl.program_id(0)
+    NK: tl.constexpr = K // BK
+    part = tl.program_id(0) % NK
+    c = tl.program_id(0) // NK
     bh = tl.program_id(1).to(tl.int64)
     first, count = _tile(c, T, BT, PARTS, STRIDE)
     i = tl.arange(0, BT)
+    d = part * BK + tl.arange(0, BK)
     e = tl.arange(0, V)
     ok = i < count
     ok_k = ok & (first + i >= SHIFT)
@@ -548,78 +476,90 @@ def gradient_kernel(
     row_k = row - SHIFT * H
     LOCAL: tl.constexpr = READ == 0 or (PARTS == 1 and STRIDE > READ)
     rows = i[:, None] * (H * V) + e[None, :]
-    dob = tl.load(do + row * V + rows, mask=ok[:, None], other=0.0)
+    cols = i[:, None] * (H * K) + d[None, :]
+    state_at = d[:, None] * V + e[None, :]
+    tile = bh * NT + c
+
+    dob = _load(do + row * V + rows, ok, MASKED)
+    S = tl.load(states + (tile - c % PARTS) * (K * V) + state_at)
+    acc = tl.dot(dob, tl.trans(S), input_precision=PREC)
+    inner_q = tl.sum(dob.to(tl.float32) * _load(o + row * V + rows, ok, MASKED).to(tl.float32), 1)
+    vb = _load(v + row_k * V + rows, ok_k, MASKED)
+    dR = _load(dv + row_k * V + rows, ok_k, MASKED)
+    inner_v = tl.sum(dR.to(tl.float32) * vb.to(tl.float32), 1)
     if DELTA:
-        U = tl.load(writes + row * V + rows, mask=ok[:, None], other=0.0)
-        dR = tl.load(dv + row_k * V + rows, mask=ok_k[:, None], other=0.0)
-    else:
-        U = tl.load(writes + row_k * V + rows, mask=ok_k[:, None], other=0.0)
-        dR = U
-    gk = tl.zeros((BT,), tl.float32)
-    gq = tl.zeros((BT,), tl.float32)
-    last = 0.0
-    if DECAY:
-        gk = tl.load(gates + (bh * NT + c) * (2 * BT) + i)
-        gq = tl.load(gates + ((bh * NT + c) * 2 + 1) * BT + i)
-        last = tl.load(gates + (bh * NT + c) * (2 * BT) + BT - 1)
-    P = U
-    PT = U
-    M = U
-    if LOCAL:
-        dP = tl.dot(dob, tl.trans(U), input_precision=PREC)
-        dPT = tl.dot(U, tl.trans(dob), input_precision=PREC)
-        seen = _readable(i[:, None], i[None, :], READ)
-        seenT = _readable(i[None, :], i[:, None], READ)
-        if DECAY:
-            dP *= tl.exp2(tl.where(seen, gq[:, None] - gk[None, :], 0.0))
-            dPT *= tl.exp2(tl.where(seenT, gq[None, :] - gk[:, None], 0.0))
-        P = tl.where(seen, dP, 0.0).to(dob.dtype)
-        PT = tl.where(seenT, dPT, 0.0).to(dob.dtype)
-    db = tl.zeros((BT,), tl.float32)
-    b = tl.full((BT,), 1.0, tl.float32)
-    if DELTA:
-        lower = i[:, None] > i[None, :]
-        dM = tl.dot(dR, tl.trans(U), input_precision=PREC)
-        dMT = tl.dot(U, tl.trans(dR), input_precision=PREC)
-        dM = tl.where(i[:, None] == i[None, :], 0.0, tl.where(lower, dM, dMT))
-        if DECAY:
-            ahead = gk[:, None] - gk[None, :]
-            dM *= tl.exp2(tl.where(lower, ahead, -ahead))
-        M = (-dM).to(dob.dtype)
+        U = _load(writes + row * V + rows, ok, MASKED)
         b = tl.load(beta + row + i * H, mask=ok, other=1.0).to(tl.float32)
         b = tl.where(tl.abs(b) < TINY, TINY, b)
         db = tl.sum((dR.to(tl.float32) / b[:, None]) * (U.to(tl.float32) / b[:, None]), 1)
-        tl.store(dbeta + row + i * H, db.to(dbeta.dtype.element_ty), mask=ok)
-    norm_q = _norms(q, row, ok, H, K, BT, FEATURE)
-    norm_k = _norms(k, row_k, ok_k, H, K, BT, FEATURE)
-    state = states + (bh * NT + c) * (K * V)
-    read = states + (bh * NT + (c // PARTS) * PARTS) * (K * V)
-    dstate = dstates + (bh * NT + c) * (K * V)
-    dq0, dk0, inner_q, inner_k, dlast = _slice_gradients(
-        q, k, dob, U, dR, P, PT, M, state, read, dstate, row, row_k, ok, ok_k, norm_q, norm_k, gk, gq, last, scale,
-        0, H, K, V, BT, BK, PARTS, FEATURE, DELTA, DECAY, LOCAL, PREC,
-    )  # fmt: skip
-    if K > BK:
-        dq1, dk1, inner_q1, inner_k1, dlast1 = _slice_gradients(
-            q, k, dob, U, dR, P, PT, M, state, read, dstate, row, row_k, ok, ok_k, norm_q, norm_k, gk, gq, last, scale,
-            BK, H, K, V, BT, BK, PARTS, FEATURE, DELTA, DECAY, LOCAL, PREC,
-        )  # fmt: skip
-        inner_q += inner_q1
-        inner_k += inner_k1
-        dlast += dlast1
-    _store_input_gradient(q, dq, dq0, row, ok, norm_q, inner_q, 0, H, K, BT, BK, FEATURE)
-    _store_input_gradient(k, dk, dk0, row_k, ok_k, norm_k, inner_k, 0, H, K, BT, BK, FEATURE)
-    if K > BK:
-        _store_input_gradient(q, dq, dq1, row, ok, norm_q, inner_q, BK, H, K, BT, BK, FEATURE)
-        _store_input_gradient(k, dk, dk1, row_k, ok_k, norm_k, inner_k, BK, H, K, BT, BK, FEATURE)
+        if part == 0:
+            tl.store(dbeta + row + i * H, db.to(dbeta.dtype.element_ty), mask=ok)
+        inner_k = 2 * b * db - inner_v
+    else:
+        U = vb
+        inner_k = inner_v
     if DECAY:
-        if DELTA:
-            dgk = inner_k - 2 * b * db
+        gk = tl.load(gates + tile * (2 * BT) + i)
+        gq = tl.load(gates + tile * (2 * BT) + BT + i)
+        last = tl.load(gates + tile * (2 * BT) + BT - 1)
+        acc *= tl.exp2(gq)[:, None]
+    norm_k = tl.load(norms + tile * (2 * BT) + i)
+    norm_q = tl.load(norms + tile * (2 * BT) + BT + i)
+    yk = _activate(_load(k + row_k * K + cols, ok_k, MASKED).to(tl.float32), FEATURE) * norm_k[:, None]
+    if FEATURE == ELU_PLUS_ONE and MASKED:
+        yk = tl.where(ok_k[:, None], yk, 0.0)
+    yk = yk.to(dob.dtype)
+    if LOCAL:
+        P = tl.dot(dob, tl.trans(U), input_precision=PREC)  # [query, write]
+        seen = _readable(i[:, None], i[None, :], READ)
+        if DECAY:
+            P *= tl.exp2(tl.where(seen, gq[:, None] - gk[None, :], 0.0))
+        acc = tl.dot(tl.where(seen, P, 0.0).to(dob.dtype), yk, acc, input_precision=PREC)
+    x = _load(q + row * K + cols, ok, MASKED).to(tl.float32)
+    yq = (_activate(x, FEATURE) * (norm_q * scale)[:, None]).to(dob.dtype)
+    _store(dq + row * K + cols, _features_backward(x, acc * scale, norm_q, inner_q, FEATURE), ok, MASKED)
+
+    if DELTA:
+        if PARTS > 1:
+            S = tl.load(states + tile * (K * V) + state_at)
+        read = tl.dot(dR, tl.trans(S), input_precision=PREC)
+        if DECAY:
+            read *= tl.exp2(gk)[:, None]
+    dS = tl.load(dstates + tile * (K * V) + state_at)
+    acc = tl.dot(U, tl.trans(dS), input_precision=PREC)
+    if DECAY:
+        acc *= tl.exp2(last - gk)[:, None]
+        if c + 1 < NT:
+            after = tl.load(states + (tile + 1) * (K * V) + state_at).to(tl.float32)
         else:
-            dgk = -inner_k
-        dg = tl.sum(tl.where(i[:, None] >= i[None, :], dgk[:, None], 0.0), 0) + dlast
-        if READ == 0:
-            dg += tl.sum(tl.where(i[:, None] >= i[None, :], inner_q[:, None], 0.0), 0)
-        elif LOCAL:
-            dg += tl.sum(tl.where((i[None, :] // READ) < (i[:, None] // READ), inner_q[:, None], 0.0), 0)
-        tl.store(dlog_decay + row + i * H, dg.to(dlog_decay.dtype.element_ty), mask=ok)
+            after = tl.load(final + bh * (K * V) + state_at)
+        dlast = tl.sum(tl.sum(after * dS.to(tl.float32), 1), 0)
+    if DELTA:
+        acc -= read
+        lower = i[:, None] > i[None, :]
+        M = tl.dot(dR, tl.trans(U), input_precision=PREC)
+        MT = tl.dot(U, tl.trans(dR), input_precision=PREC)
+        M = tl.where(i[:, None] == i[None, :], 0.0, tl.where(lower, -M, -MT))
+        if DECAY:
+            ahead = gk[:, None] - gk[None, :]
+            M *= tl.exp2(tl.where(lower, ahead, -ahead))
+        acc = tl.dot(M.to(dob.dtype), yk, acc, input_precision=PREC)
+    if LOCAL:
+        PT = tl.dot(U, tl.trans(dob), input_precision=PREC)
+        seen = _readable(i[None, :], i[:, None], READ)
+        if DECAY:
+            PT *= tl.exp2(tl.where(seen, gq[None, :] - gk[:, None], 0.0))
+        acc = tl.dot(tl.where(seen, PT, 0.0).to(dob.dtype), yq, acc, input_precision=PREC)
+    x = _load(k + row_k * K + cols, ok_k, MASKED).to(tl.float32)
+    _store(dk + row_k * K + cols, _features_backward(x, acc, norm_k, inner_k, FEATURE), ok_k, MASKED)
+
+    if DECAY:
+        dg = tl.zeros((BT,), tl.float32) + dlast
+        if part == 0:
+            dg += tl.sum(tl.where(i[:, None] >= i[None, :], -inner_v[:, None], 0.0), 0)
+            if READ == 0:
+                dg += tl.sum(tl.where(i[:, None] >= i[None, :], inner_q[:, None], 0.0), 0)
+            elif LOCAL:
+                dg += tl.sum(tl.where((i[None, :] // READ) < (i[:, None] // READ), inner_q[:, None], 0.0), 0)
+        B = tl.num_programs(1).to(tl.int64) // H
+        tl.store(dlog_decay + part * B * T * H + row + i * H, dg, mask=ok)

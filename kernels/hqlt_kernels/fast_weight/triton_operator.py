@@ -146,20 +146,20 @@ def fast_weight_forward(
     read: int,
     shift: int,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, final state, and for the backward: features of q and k, T, gates, states, writes (empty where not needed)."""
     out = _forward_outputs(q, k, v, beta, log_decay, read, save)
-    o, final, q_features, k_features, transfer, gates, states, writes = out
+    o, final, q_features, k_features, transfer, gates, norms, states, writes = out
     batch, n_tokens, n_heads, key_dim = q.shape
     launch = launches(q.dtype, key_dim, v.shape[-1])
     tiling = Tiling.of(n_tokens, launch.tile, read)
     q_scaled = q_features if save else torch.empty_like(q)
     k_mapped = k_features if save else torch.empty_like(k)
     if not save:
-        transfer, gates = _intermediates(q, beta, log_decay, launch, tiling)
+        transfer, gates, norms = _intermediates(q, beta, log_decay, launch, tiling)
     shape = _constants(q, v, beta, log_decay, launch, tiling, read, shift)
     kernels.prepare_kernel[(tiling.n_tiles, batch * n_heads)](
-        q, k, beta, log_decay, q_scaled, k_mapped, transfer, gates, n_tokens, tiling.n_tiles, scale,
+        q, k, beta, log_decay, q_scaled, k_mapped, transfer, gates, norms, n_tokens, tiling.n_tiles, scale,
         K=key_dim, FEATURE=feature, TINY=_tiny(q.dtype), **shape,
         num_warps=launch.prepare.warps, num_stages=launch.prepare.stages,
     )  # fmt: skip
@@ -183,8 +183,11 @@ def fast_weight_backward(
     k_features: Tensor,
     transfer: Tensor,
     gates: Tensor,
+    norms: Tensor,
     states: Tensor,
     writes: Tensor,
+    o: Tensor,
+    final: Tensor,
     do: Tensor,
     dfinal: Tensor | None,
     feature: int,
@@ -204,17 +207,21 @@ def fast_weight_backward(
         dk[:, n_tokens - shift :].zero_()
         dv[:, n_tokens - shift :].zero_()
     dstates = torch.empty_like(states)
+    n_slices = key_dim // launch.gradient.block
+    dlog_decay_parts = dlog_decay if n_slices == 1 else q.new_empty(n_slices, *dlog_decay.shape, dtype=torch.float32)
     kernels.reverse_scan_kernel[(value_dim // launch.reverse_scan.block, batch * n_heads)](
         q_features, k_features, transfer, gates, do, dfinal, dv, dstates, dinitial, n_tokens, tiling.n_tiles,
         K=key_dim, V=value_dim, BV=launch.reverse_scan.block, FINAL=dfinal is not None, **shape,
         num_warps=launch.reverse_scan.warps, num_stages=launch.reverse_scan.stages,
     )  # fmt: skip
-    kernels.gradient_kernel[(tiling.n_tiles, batch * n_heads)](
-        q, k, beta, gates, do, dv, v if beta is None else writes, states, dstates, dq, dk, dbeta, dlog_decay,
+    kernels.gradient_kernel[(tiling.n_tiles * n_slices, batch * n_heads)](
+        q, k, v, beta, gates, norms, o, do, dv, writes, states, final, dstates, dq, dk, dbeta, dlog_decay_parts,
         n_tokens, tiling.n_tiles, scale,
         K=key_dim, V=value_dim, BK=launch.gradient.block, FEATURE=feature, TINY=_tiny(q.dtype), **shape,
         num_warps=launch.gradient.warps, num_stages=launch.gradient.stages,
     )  # fmt: skip
+    if log_decay is not None and n_slices > 1:
+        torch.sum(dlog_decay_parts, 0, out=dlog_decay)
     return out
 
 
@@ -236,6 +243,7 @@ def _constants(
         "PARTS": tiling.parts,
         "READ": read,
         "SHIFT": shift,
+        "MASKED": shift > 0 or tiling.stride * tiling.n_tiles != tiling.parts * q.shape[1] or tiling.stride % launch.tile > 0,
         "DELTA": beta is not None,
         "DECAY": log_decay is not None,
         "PREC": "tf32x3" if q.dtype == torch.float32 else "tf32",
@@ -249,24 +257,25 @@ def _tiny(dtype: torch.dtype) -> float:
 
 def _intermediates(
     q: Tensor, beta: Tensor | None, log_decay: Tensor | None, launch: Launches, tiling: Tiling
-) -> tuple[Tensor, Tensor]:
-    """Room for T and for the gates."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for T, for the gates and for the norms."""
     n, tile = q.shape[0] * q.shape[2], launch.tile
     return (
         q.new_empty(0 if beta is None else n, tiling.n_tiles, tile, tile),
         q.new_empty(0 if log_decay is None else n, tiling.n_tiles, 2, tile, dtype=torch.float32),
+        q.new_empty(n, tiling.n_tiles, 2, tile, dtype=torch.float32),
     )
 
 
 def _forward_outputs(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, log_decay: Tensor | None, read: int, save: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, n_tokens, n_heads, key_dim = q.shape
     value_dim = v.shape[-1]
     o = torch.empty_like(v)
     final = q.new_empty(batch, n_heads, key_dim, value_dim, dtype=torch.float32)
     if not save:
-        return (o, final, *(q.new_empty(0) for _ in range(3)), q.new_empty(0, dtype=torch.float32),
+        return (o, final, *(q.new_empty(0) for _ in range(3)), *(q.new_empty(0, dtype=torch.float32) for _ in range(2)),
                 *(q.new_empty(0) for _ in range(2)))  # fmt: skip
     launch = launches(q.dtype, key_dim, value_dim)
     tiling = Tiling.of(n_tokens, launch.tile, read)
@@ -290,7 +299,7 @@ def _backward_outputs(
         torch.empty_like(k),
         torch.empty_like(v),
         q.new_empty(0) if beta is None else torch.empty_like(beta),
-        q.new_empty(0) if log_decay is None else torch.empty_like(log_decay),
+        q.new_empty(0) if log_decay is None else torch.empty_like(log_decay, dtype=torch.float32),
         q.new_empty(batch, n_heads, key_dim, v.shape[-1], dtype=torch.float32),
     )
 
@@ -307,7 +316,7 @@ def _(q, k, v, beta, log_decay, *_rest):  # type: ignore[no-untyped-def]  # torc
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, beta, log_decay, initial_state, feature, scale, read, shift, _save = inputs
-    ctx.save_for_backward(q, k, v, beta, log_decay, initial_state, *output[2:])
+    ctx.save_for_backward(q, k, v, beta, log_decay, initial_state, *output[2:], *output[:2])
     ctx.options = (feature, scale, read, shift)
     ctx.set_materialize_grads(False)
 
@@ -323,7 +332,7 @@ def _backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None, *_unused: None
         dk,
         dv,
         None if beta is None else dbeta,
-        None if log_decay is None else dlog_decay,
+        None if log_decay is None else dlog_decay.to(log_decay.dtype),
         None if initial_state is None else dinitial,
         *(None,) * 5,
     )
