@@ -104,18 +104,17 @@ class Replica:
                 self._save()
                 raise TrialPausedError(self.seed, progress.step)
             self._step(task_data)
-            metrics: dict[str, float] = {}
-            if progress.step % curve_every == 0 or progress.step in rungs or progress.step == recipe.steps:
-                metrics = self._train_loss()
+            if progress.step == recipe.steps:
+                break
             if progress.step in rungs:
-                metrics |= self._finite(evaluate(self.model, validation, recipe.precision))
-            if metrics and progress.step < recipe.steps:
+                metrics = self._train_loss() | self._finite(evaluate(self.model, validation, recipe.precision))
                 self._record(metrics)
-            if progress.step in rungs:
                 self._save()
                 if not self._goes_on(metrics):
                     return self._result("stopped", metrics)
-            elif time.monotonic() - self.last_save > CHECKPOINT_SECONDS:
+            elif progress.step % curve_every == 0:
+                self._record(self._train_loss())
+            if time.monotonic() - self.last_save > CHECKPOINT_SECONDS:
                 self._save()
         return self._finish(task_data, validation)
 
@@ -167,21 +166,20 @@ class Replica:
             )
 
     def _finish(self, task_data: TaskData, validation: EvaluationData) -> ReplicaResult:
+        """Saves, then judges; a run that is interrupted here judges again what it saved."""
         recipe, runtime = self.trial.config.recipe, self.trial.runtime
+        self._save()
         test = EvaluationData(task_data, "test", context_length(self.trial.config.task), runtime.device)
         metrics = self._train_loss()
         metrics |= self._finite(evaluate(self.model, validation, recipe.precision))
         metrics |= self._finite(evaluate(self.model, test, recipe.precision))
         self._record(metrics)
-        self._save()
         if recipe.steps in self.trial.rungs:
             self._goes_on(metrics)
-        return self._result("complete", {**metrics, **task_data.reference_metrics}).model_copy(
-            update={
-                "knock_outs": knock_outs(self.model, validation, recipe.precision) if runtime.knock_outs else (),
-                "gates": mean_gates(self.model, validation, recipe.precision),
-            }
-        )
+        result = self._result("complete", {**metrics, **task_data.reference_metrics})
+        silenced = knock_outs(self.model, validation, recipe.precision) if runtime.knock_outs else ()
+        gates = mean_gates(self.model, validation, recipe.precision)
+        return result.model_copy(update={"knock_outs": silenced, "gates": gates})
 
     def _train_loss(self) -> dict[str, float]:
         """The mean training loss since the last time it was asked for."""
@@ -193,6 +191,8 @@ class Replica:
         return metrics
 
     def _record(self, metrics: dict[str, float]) -> None:
+        if not metrics:  # every step since the last reading was skipped
+            return
         self.progress.curve.append((self.progress.step, metrics))
         if self.callbacks.on_metrics is not None:
             self.callbacks.on_metrics(self.seed, self.progress.step, metrics)
