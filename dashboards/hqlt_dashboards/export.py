@@ -26,7 +26,8 @@ def export_front(results: StudyResults, path: Path) -> None:
 
     The file appears whole or not at all: it is written beside `path` and renamed. `.json` has for each member
     `trial_id`, `number`, `arch`, `recipe`, `objectives` (means over fresh seeds once the front was redrawn on them),
-    `replicas`, and beside them `replication`, `costs` and `choices`; `.csv` and `.parquet` are flat, a row a member.
+    `replicas`, and beside them `replication`, `costs` and `choices`; `.csv` and `.parquet` are flat, a row a member;
+    `.html` has the front, learning curves and the table.
 
     Raises:
         HqltError: another suffix, or the file cannot be written.
@@ -129,10 +130,12 @@ def _parquet(results: StudyResults, members: Sequence[FrontMember]) -> bytes:
 
 
 def _html(results: StudyResults, members: Sequence[FrontMember]) -> bytes:
-    from hqlt_dashboards.plots import front_chart, page
+    from hqlt_dashboards.plots import curve_metric, curves_chart, front_chart, page
     from hqlt_dashboards.tables import front_text
 
-    return page(f"{results.name}: front", [front_chart(results)], front_text(results, width=120)).encode()
+    metric = curve_metric(results)
+    charts = [front_chart(results), *([curves_chart(results, metric)] if metric else [])]
+    return page(f"{results.name}: front", charts, front_text(results, width=120)).encode()
 
 
 def _png(results: StudyResults, members: Sequence[FrontMember]) -> bytes:

@@ -167,6 +167,14 @@ def curves_chart(results: StudyResults, metric: str) -> go.Figure:
     return chart
 
 
+def curve_metric(results: StudyResults) -> str | None:
+    """The first objective that was read during training, else the training loss; None if nothing was read."""
+    replicas = [replica for record in results.trials for replica in record.replicas + record.replication]
+    known = {name for replica in replicas for reading in replica.curve for name in reading.metrics}
+    wanted = (*(objective.name for objective in results.objectives), "train_loss_nats")
+    return next((name for name in wanted if name in known), None)
+
+
 def png(figure: Figure, dots_per_inch: int = 150) -> bytes:
     """`figure` as a PNG file's content."""
     content = io.BytesIO()

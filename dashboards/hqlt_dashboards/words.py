@@ -4,15 +4,10 @@ from hqlt_search_space.arch import Arch
 from hqlt_search_space.mixers import Attention, DelayedChunk, DelayedStreaming, FastWeight, Hybrid, Mixer
 from hqlt_search_space.rules import Additive, Decay, Delta, DeltaProduct, GatedDelta, Rule
 
-_UNITS = {  # by the end of the name; the first that fits
-    "_bits_per_byte": "",
-    "_per_second": "",
-    "_bytes": "bytes",
-    "_nats": "nats a token",
-    "_seconds": "s",
-    "flops_per_token": "FLOP a token",
-    "flops": "FLOP",
-}
+_UNITS = {"_bytes": "bytes", "_nats": "nats a token", "_seconds": "s"}
+"""Endings of names that are units and not words; others (`tokens_per_second`) read as they stand."""
+
+_CAPITALS = {"kv": "KV", "fw": "FW", "flops": "FLOPs"}
 
 
 def describe(arch: Arch) -> str:
@@ -59,24 +54,22 @@ def spoken(name: str) -> str:
 def axis_label(name: str) -> str:
     """A metric's or cost's name with its unit.
 
-    >>> axis_label("state_bytes"), axis_label("validation_loss_nats"), axis_label("tokens_per_second")
-    ('State (bytes)', 'Validation loss (nats a token)', 'Tokens per second')
-    >>> axis_label("normalised_validation_accuracy")
-    'Normalised validation accuracy (0 = chance, 1 = perfect)'
+    >>> axis_label("kv_cache_bytes"), axis_label("validation_loss_nats"), axis_label("tokens_per_second")
+    ('KV cache (bytes)', 'Validation loss (nats a token)', 'Tokens per second')
+    >>> axis_label("normalised_validation_accuracy"), axis_label("flops_per_token")
+    ('Normalised validation accuracy (0 = chance, 1 = perfect)', 'FLOPs per token')
     """
+    unit = ""
     if "accuracy" in name:
         unit = "0 = chance, 1 = perfect" if "normalised" in name else "share correct"
     elif name == "parameters":
         unit = "count"
-    else:
-        unit = next((unit for ending, unit in _UNITS.items() if name.endswith(ending)), "")
-        if unit and name.endswith(("_bytes", "_nats", "_seconds")):
-            name = name.rpartition("_")[0]
-    words = spoken(name)
-    words = words[0].upper() + words[1:]
-    for wrong, right in (("kv ", "KV "), ("fw ", "FW "), ("flops", "FLOPs"), ("Flops", "FLOPs")):
-        words = words.replace(wrong, right)
-    return f"{words} ({unit})" if unit else words
+    for ending, of_ending in _UNITS.items():
+        if name.endswith(ending):
+            name, unit = name.removesuffix(ending), of_ending
+    words = " ".join(_CAPITALS.get(word, word) for word in name.split("_"))
+    label = words[0].upper() + words[1:]
+    return f"{label} ({unit})" if unit else label
 
 
 def format_value(name: str, value: float, digits: int = 4) -> str:

@@ -66,6 +66,7 @@ def test_html_is_one_file_that_holds_plotly_once_and_fetches_nothing(results, tm
     assert text.count("* plotly.js v") == 1
     assert "<script src" not in text
     assert "<link" not in text
+    assert "learning curves" in text
 
 
 def test_html_shows_a_users_words_as_text(make_record, make_study, tmp_path):

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 from hqlt_dashboards.front import front_members
-from hqlt_dashboards.plots import curves_chart, curves_figure, front_chart, front_figure, page, png
+from hqlt_dashboards.plots import curve_metric, curves_chart, curves_figure, front_chart, front_figure, page, png
 from hqlt_search_space.mixers import Attention, FastWeight
 from hqlt_search_space.trial import Objective
 
@@ -110,6 +110,12 @@ def test_a_learning_curve_is_drawn_for_every_seed_that_has_readings(make_results
     assert len(drawn) == 12
     chart = curves_chart(results, "train_loss_nats")
     assert sum(len(trace.x) == 4 for trace in chart.data) == 12
+
+
+def test_learning_curves_show_an_objective_if_one_was_read_during_training(make_results, make_study, make_record):
+    assert curve_metric(make_results(2)) == "normalised_validation_accuracy"
+    assert curve_metric(make_results(2).model_copy(update={"objectives": OBJECTIVES[1:]})) == "train_loss_nats"
+    assert curve_metric(make_study(make_record(0, None))) is None
 
 
 def test_a_page_of_two_charts_holds_plotly_once(make_results):
