@@ -53,10 +53,10 @@ test-gpu: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m gpu $(if $(PART),-k "$(PART)")
 
 bench: install
-	$(BIN)/python orchestration/bench.py
+	$(BIN)/python -m hqlt_orchestration.bench
 
 bench-kernels: install
-	$(BIN)/python kernels/bench.py
+	$(BIN)/python -m hqlt_kernels.bench
 
 schema: install
 	$(BIN)/hqlt schema > search_space/studies/study.schema.json
