@@ -32,12 +32,7 @@ install: $(VENV)/.installed
 
 quickstart: install
 	@$(BIN)/hqlt study run search_space/studies/quickstart.yaml
-	@echo
-	@echo 'Next:'
-	@echo '  $(BIN)/hqlt pareto quickstart --out front.html    the front as a picture; .png .csv .json .parquet too'
-	@echo '  $(BIN)/hqlt rerun quickstart/NUMBER               a trial of the front again, equal to the last bit'
-	@echo '  $(BIN)/hqlt ui                                    every trial, metric and checkpoint in MLflow'
-	@echo '  $(BIN)/hqlt study validate FILE                   before a study of your own (search_space/studies/ has examples)'
+	@echo '`hqlt` is $(BIN)/hqlt here; `. $(BIN)/activate` puts it on your path. Studies to start from: search_space/studies/'
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
