@@ -83,7 +83,9 @@ def _objections(mixer: Mixer, d_model: int) -> list[str]:
         reasons.append(f"rope needs an even head width; d_model {d_model} / n_heads {mixer.n_heads} is odd")
     if isinstance(mixer, Hybrid):
         if mixer.window is None and not isinstance(mixer.blend, Synchronous):
-            reasons.append(f"a {mixer.blend.kind} blend needs a window, not null (all keys): nothing would ever leave it")
+            reasons.append(
+                f"a {mixer.blend.kind} blend needs a window, not null (all keys): nothing would ever leave it"
+            )
         match mixer.blend:
             case DelayedChunk(fw_chunk=int(fw_chunk)) if mixer.window is not None and fw_chunk % mixer.window:
                 reasons.append(f"fw_chunk {fw_chunk} is not a multiple of window {mixer.window}")

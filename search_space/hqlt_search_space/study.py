@@ -375,7 +375,8 @@ class Study(Spec):
         parts = [
             f"{name} {self.constraints[name].in_words()} (the nearest has {nearest[name]:,.0f}"
             + (")" if always else f"; {refusals[name]:,} of {n_built:,} break it)")
-            for name in always or nearest
+            for name in self.constraints
+            if name in (always or nearest)
         ]
         return f"{of_all} satisfies {'' if always else 'all at once of '}{' and '.join(parts)}"
 

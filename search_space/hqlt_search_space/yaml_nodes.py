@@ -250,10 +250,11 @@ def resolve_plain(text: str) -> Scalar | Unrepresentable:
     if _NOT_FINITE.fullmatch(text):
         return Unrepresentable("is not a finite number")
     if _DECIMAL.fullmatch(text) or _BASED.fullmatch(text):
-        # Twenty digits are far beyond the limit; converting thousands of them would take long.
-        digits = text.replace("_", "").lstrip("+-")
-        value = None if len(digits.lstrip("0")) > 20 else int(digits, 0 if _BASED.fullmatch(text) else 10)
-        if value is None or value > MAX_INTEGER:
+        base = {"0o": 8, "0x": 16}.get(text[:2], 10)
+        digits = (text[2:] if base != 10 else text.lstrip("+-").replace("_", "")).lstrip("0") or "0"
+        # Twenty digits are beyond the limit in any base, and converting thousands of them would take long.
+        value = int(digits, base) if len(digits) <= 20 else MAX_INTEGER + 1
+        if value > MAX_INTEGER:
             return Unrepresentable(f"is too large: whole numbers go up to {MAX_INTEGER:,}")
         return -value if text.startswith("-") else value
     if _REAL.fullmatch(text):
