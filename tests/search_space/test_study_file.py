@@ -404,8 +404,7 @@ def test_the_schema_describes_every_key() -> None:
     assert undescribed(study_schema(), "") == []
 
 
-@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.name)
-def test_every_example_study_is_one(path: Path) -> None:
-    study = load_study(path)
-    assert study.name == path.stem
-    assert path.read_text().startswith("# yaml-language-server: $schema=study.schema.json")
+def test_every_example_study_is_one_and_an_editor_can_complete_it() -> None:
+    for path in STUDIES.glob("*.yaml"):
+        assert load_study(path).name == path.stem
+        assert "# yaml-language-server: $schema=study.schema.json" in path.read_text()
