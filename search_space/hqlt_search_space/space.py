@@ -77,7 +77,7 @@ def _check_range(axis: Axis, value: Range) -> Range:
         last = value.high - (value.high - value.low) % value.step
         problems.append(("high", f"steps of {value.step} from {value.low} end at {last}, not at {value.high}"))
     if problems:
-        raise located_error([((end,), sentence, getattr(value, end)) for end, sentence in problems])
+        raise located_error([((end,), text, getattr(value, end)) for end, text in problems])
     return value
 
 
