@@ -286,7 +286,7 @@ class RayExecutor:
         Raises:
             ResourceError: a GPU is asked for and there is none, or no cluster answers at `address`.
         """
-        self._temporary = None if _ray_is_running() else _start_ray(slots * cpus, address)
+        self._temporary = None if _ray_is_running() else start_ray(slots * cpus, address)
         import ray
 
         self._ray: Any = ray  # most of it has no types
@@ -405,7 +405,7 @@ def _ray_is_running() -> bool:
     return "ray" in sys.modules and sys.modules["ray"].is_initialized()
 
 
-def _start_ray(n_cpus: int, address: str | None) -> str:
+def start_ray(n_cpus: int, address: str | None) -> str:
     """Connect this process to Ray. Returns the folder to remove afterwards, "" for a cluster that was joined."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  Ray's own name; its 15 starves trials on a busy machine

@@ -13,7 +13,7 @@ from typing import Any
 import pydantic
 from hqlt_dashboards.words import describe
 from hqlt_search_space.axes import RECIPE_AXES, AxisValue, check_value
-from hqlt_search_space.errors import HqltError, InvalidArchError, NoResultError, TrialFailedError, UnknownNameError
+from hqlt_search_space.errors import HqltError, InvalidArchError, NoResultError, TrialFailedError
 from hqlt_search_space.recipe import Recipe
 from hqlt_search_space.study import Study
 from hqlt_search_space.trial import Config, Environment, ReplicaResult, Trial, TrialResult
@@ -159,7 +159,7 @@ def _varied(study: Study, row: TrialRow, changes: Mapping[str, AxisValue]) -> Co
     config, canonical = study.resolve({**row.choices, **changes})
     ignored = [name for name in changes if name not in canonical]
     if ignored:
-        raise UnknownNameError("meaning for this model of axis", ignored[0], tuple(canonical))
+        raise InvalidArchError((f"{ignored[0]} has no meaning for this model: {describe(config.arch)}",))
     return config
 
 

@@ -37,6 +37,7 @@ from hqlt_orchestration.ledger import (
     NewTrial,
     Phase,
     Refused,
+    ReplicaRow,
     State,
     TrialRow,
 )
@@ -52,6 +53,7 @@ BEAT_S = 5.0  # between two signs of life; a driver elsewhere is given up after 
 POLL_S = 0.5  # the longest that Ctrl-C waits to be noticed
 IDLE_S = 0.2  # between two looks when only other drivers have work
 MIRROR_S = 2.0  # between two updates of front ranks and hypervolume in MLflow
+SHOW_S = 0.25  # between two pictures of the front for the user
 PAUSE_GRACE_S = 30.0  # a paused trial writes its checkpoint within this time, or loses what came after the last one
 
 Ending = Literal["complete", "paused"]
@@ -130,6 +132,7 @@ class Driver:
         self._n_fresh = 0  # replicas of the replication, and those of them that have ended
         self._n_fresh_done = 0
         self._next_beat = 0.0
+        self._next_show = 0.0
         self._next_mirror = 0.0
 
     def run(self) -> Ending:
@@ -207,6 +210,7 @@ class Driver:
         self._show()
 
     def _end(self, phase: Phase) -> None:
+        self._show()
         self._mirror_front()
         self._put("phase_end", artifacts=[])
         self._flush()
@@ -263,7 +267,10 @@ class Driver:
             self._flush()
 
     def _take_back(self) -> None:
-        dead = self._watch.dead(driver for driver in self._ledger.drivers(self._name) if driver.id != self._driver)
+        others = [driver for driver in self._ledger.drivers(self._name) if driver.id != self._driver]
+        dead = self._watch.dead(others)
+        if self._proposer is not None:
+            self._proposer.alone = not others
         for key, state in self._ledger.forget_drivers(self._name, dead):
             self._view.say(f"trial {key.number}, seed {key.seed}: its driver is gone; {_now(state)}")
             self._some_wait = True
@@ -347,7 +354,7 @@ class Driver:
         for event in events:
             if event.key in self._running:
                 self._handle(event)
-        if events:
+        if events and time.monotonic() >= self._next_show:
             self._show()
 
     def _handle(self, event: Event) -> None:
@@ -412,16 +419,20 @@ class Driver:
             self._view.say(f"trial {key.number}: {result.message or result.reason}: marked failed, {left} go on")
         self._put_metrics(key, result.step, final_metrics(result), None)
         if self._phase == "replicate" or state in FINISHED:
-            self._trial_ended(running.trial, state)
+            self._trial_ended(running.trial, state, outcome)
 
-    def _trial_ended(self, row: TrialRow, state: State) -> None:
-        """Every replica the trial was made with has ended: score it, and tell Optuna and MLflow."""
+    def _trial_ended(self, row: TrialRow, state: State, last: TrialResult | None = None) -> None:
+        """Every replica the trial was made with has ended, `last` the last: score it, tell Optuna and MLflow."""
         if self._phase == "replicate":
             self._replica_ended(row)
             return
         row = replace(row, state=state)
         self._rows[row.number] = row
-        record = trial_record(self._study, row, self._ledger.replicas(self._name, row.number))
+        if last is not None and len(self._study.seeds) == 1:  # then it is the only one
+            replicas = [ReplicaRow(row.number, self._study.seeds[0], row.phase, state, 1, 0, False, last)]
+        else:
+            replicas = self._ledger.replicas(self._name, row.number)
+        record = trial_record(self._study, row, replicas)
         self._records[row.number] = record
         self._tell(row.number, state)
         self._put_trial_end(row.number, state, record.replicas, record.objectives)
@@ -471,6 +482,7 @@ class Driver:
         return self._n_fresh_done if self._phase == "replicate" else len(self._records)
 
     def _show(self) -> None:
+        self._next_show = time.monotonic() + SHOW_S
         done, total = self._n_done(), self._n_total()
         members = self._front()
         self._view.show(

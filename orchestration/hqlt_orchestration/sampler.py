@@ -7,6 +7,7 @@ a config is dropped before Optuna counts it.
 """
 
 import contextlib
+import copy
 import hashlib
 import logging
 import math
@@ -18,6 +19,7 @@ from datetime import datetime
 from typing import Any
 
 import optuna
+import sqlalchemy as sa
 from hqlt_search_space.axes import AxisDomain, AxisValue, Choices, IntegerRange, RealRange
 from hqlt_search_space.cost import costs
 from hqlt_search_space.errors import InvalidArchError
@@ -28,6 +30,9 @@ from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
+
+from hqlt_orchestration.history import write_end, write_start
+from hqlt_orchestration.ledger import BUSY_TIMEOUT_S, Ledger, configure_sqlite
 
 REASKS = 200  # suggestions of the study's own sampler for one trial, then
 RANDOM_REASKS = 2000  # uniform ones, which a sampler that has narrowed in cannot starve
@@ -60,25 +65,28 @@ class Exhausted(Exception):  # noqa: N818  the end of a space is no error
 class Proposer:
     """Proposes configs for one study, and tells Optuna what came of them."""
 
-    def __init__(self, study: Study, url: str) -> None:
-        """Open the study's sampling history in the database at `url`, making it if it is new."""
+    def __init__(self, study: Study, ledger: Ledger) -> None:
+        """Open the study's sampling history in the ledger's database, making it if it is new."""
         assert study.search is not None, "an ablation lists its trials; it has no sampler"
         self._study = study
+        self._ledger = ledger
         self._search = study.search
         self._domains = study.domains()
         self._distributions = {name: distribution(domain) for name, domain in self._domains.items()}
-        self._storage = _Holding(open_optuna(url, create=False))
+        self._storage = _Holding(open_optuna(ledger.url, create=False))
         self._optuna = optuna.create_study(
             storage=self._storage,
             study_name=study.name,
             directions=list(study.objectives.values()),
             load_if_exists=True,
         )
-        self._study_id = self._storage.get_study_id_from_name(study.name)
+        self._study_id = self._storage.study_id = self._storage.get_study_id_from_name(study.name)
         self._grid: optuna.samplers.GridSampler | None = None
         self._refusals: Counter[str] = Counter()
         self._n_asked = 0
         self._size: int | None = None
+        self._places: dict[int, tuple[int, int]] = {}  # ledger number -> Optuna's id and number
+        self.alone = False  # whether the history changes only here; else it is read again for every proposal
 
     def propose(self, number: int, is_taken: Callable[[str], bool], n_taken: int) -> Proposal:
         """A config for trial `number`. `is_taken` says whether a config id is in the study, which has `n_taken`.
@@ -86,6 +94,8 @@ class Proposer:
         Raises:
             Exhausted: every feasible config is taken, or none was found in `REASKS + RANDOM_REASKS` suggestions.
         """
+        if not self.alone:
+            self._storage.look()
         for ask in range(REASKS + RANDOM_REASKS):
             if ask == COUNT_AFTER and n_taken and n_taken == self._count():
                 raise Exhausted(f"all {n_taken} configs of the space are taken")
@@ -146,7 +156,7 @@ class Proposer:
 
     def _next_cell(self, ask: int) -> int:
         """Optuna's grid goes by trial number; ours by how far the grid has come, refused cells included."""
-        done = [trial.system_attrs.get("grid_id", -1) for trial in self._trials()]
+        done = [trial.system_attrs.get("grid_id", -1) for trial in self._storage.history]
         cell = max(done, default=-1) + 1 + ask
         n_cells = math.prod(len(_points(name, domain)) for name, domain in self._domains.items())
         if cell >= n_cells:
@@ -154,45 +164,52 @@ class Proposer:
         return cell
 
     def accept(self, number: int, proposal: Mapping[str, Any]) -> None:
-        """Write a trial that the ledger took into Optuna's history, in one transaction, as RUNNING."""
-        self._storage.stored.create_new_trial(
-            self._study_id,
-            FrozenTrial(
-                number=number,
-                state=TrialState.RUNNING,
-                value=None,
-                datetime_start=datetime.now(),
-                datetime_complete=None,
-                params=dict(proposal["params"]),
-                distributions={name: self._distributions[name] for name in proposal["params"]},
-                user_attrs={NUMBER: number},
-                system_attrs=dict(proposal["attributes"]),
-                intermediate_values={},
-                trial_id=_HELD,
-            ),
-        )
+        """Write a trial that the ledger took into Optuna's history, as RUNNING."""
+        params, attributes = proposal["params"], proposal["attributes"]
+        distributions = {name: self._distributions[name] for name in params}
+        with self._ledger.write() as tx:
+            place = write_start(tx, self._study_id, params, distributions, {NUMBER: number}, attributes)
+        self._places[number] = place
+        trial = _new_trial(*place)
+        trial.params, trial.distributions = dict(params), distributions
+        trial.user_attrs, trial.system_attrs = {NUMBER: number}, dict(attributes)
+        if place[1] == len(self._storage.history):
+            self._storage.history.append(trial)
+        else:  # another driver has written too
+            self._storage.look()
 
     def tell(self, number: int, values: Sequence[float] | None, *, stopped: bool = False) -> None:
         """Tell Optuna what came of a trial: values, or none because it was stopped early or failed.
 
         Telling twice is harmless: the first stands.
         """
-        trial = next(trial for trial in reversed(self._trials()) if trial.user_attrs.get(NUMBER) == number)
-        if trial.state.is_finished():
-            return
+        if number not in self._places:  # another driver proposed it
+            self.known()
+        trial_id, position = self._places[number]
         # An infinite value would be accepted as complete and spoil every hypervolume.
         complete = values is not None and all(math.isfinite(value) for value in values)
         state = TrialState.COMPLETE if complete else TrialState.PRUNED if stopped else TrialState.FAIL
-        trial_id = self._storage.stored.get_trial_id_from_study_id_trial_number(self._study_id, trial.number)
-        self._storage.stored.set_trial_state_values(trial_id, state, values if complete else None)
+        with self._ledger.write() as tx:
+            told = write_end(tx, trial_id, state, values if complete else None)
+        if not told:
+            self._storage.look()
+            return
+        # Samplers keep references to finished trials only, so a running one may be completed in place.
+        trial = self._storage.history[position]
+        trial.state = state
+        trial.values = list(values) if complete and values is not None else None
+        trial.datetime_complete = datetime.now()
 
     def known(self) -> dict[int, bool]:
         """The trials in Optuna's history by ledger number, and whether each has been told."""
-        return {trial.user_attrs[NUMBER]: trial.state.is_finished() for trial in self._trials()}
+        trials = self._storage.look()
+        ids = self._storage.stored.get_trial_id_from_study_id_trial_number
+        self._places = {t.user_attrs[NUMBER]: (ids(self._study_id, t.number), t.number) for t in trials}
+        return {trial.user_attrs[NUMBER]: trial.state.is_finished() for trial in trials}
 
     def importances(self) -> dict[str, dict[str, float]]:
         """Objective -> axis -> share (PED-ANOVA). Empty while there are too few complete trials to tell."""
-        complete = [trial for trial in self._trials() if trial.state == TrialState.COMPLETE]
+        complete = [trial for trial in self._storage.look() if trial.state == TrialState.COMPLETE]
         varied = [name for name in self._domains if len({repr(trial.params[name]) for trial in complete}) > 1]
         if len(complete) < 8 or not varied:
             return {}
@@ -208,16 +225,9 @@ class Proposer:
             shares[name] = dict(found)
         return shares
 
-    def _trials(self) -> list[FrozenTrial]:
-        return self._storage.stored.get_all_trials(self._study_id, deepcopy=False)
-
 
 def open_optuna(url: str, *, create: bool) -> BaseStorage:
     """Optuna's storage at `url`, cached in memory. With `create`, its tables are made and its version checked."""
-    import sqlalchemy as sa
-
-    from hqlt_orchestration.ledger import BUSY_TIMEOUT_S, configure_sqlite
-
     sqlite = url.startswith("sqlite")
     options: dict[str, Any] = {"connect_args": {"timeout": BUSY_TIMEOUT_S}} if sqlite else {"pool_pre_ping": True}
     if create:
@@ -285,18 +295,41 @@ def _constraint_of(violation: str) -> str:
     return f"{name} {limit}"
 
 
+def _new_trial(trial_id: int, number: int) -> FrozenTrial:
+    return FrozenTrial(
+        number=number,
+        state=TrialState.RUNNING,
+        value=None,
+        datetime_start=datetime.now(),
+        datetime_complete=None,
+        params={},
+        distributions={},
+        user_attrs={},
+        system_attrs={},
+        intermediate_values={},
+        trial_id=trial_id,
+    )
+
+
 class _Holding(BaseStorage):
     """An Optuna storage that holds a new trial back until it is known to be wanted.
 
     Samplers write to the trial that they are asked for, parameter by parameter, a transaction each. Here those writes
     stay in memory: a trial that is dropped leaves no trace, and one that is wanted is written in one transaction.
-    Everything else goes straight through.
+    They also read the whole history many times for one suggestion; it is read once, by `look`. The rest goes through.
     """
 
     def __init__(self, stored: BaseStorage) -> None:
         self.stored = stored
+        self.study_id = _HELD
+        self.history: list[FrozenTrial] = []
         self.next_number: int | None = None
         self._held: FrozenTrial | None = None
+
+    def look(self) -> list[FrozenTrial]:
+        """The history as it is stored now, which is what samplers see until the next look."""
+        self.history = list(self.stored.get_all_trials(self.study_id, deepcopy=False))
+        return self.history
 
     def let_go(self) -> FrozenTrial:
         """The trial that was held, which is now forgotten."""
@@ -306,22 +339,8 @@ class _Holding(BaseStorage):
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
         assert template_trial is None, "accepted trials are written to `stored`"
-        number = self.next_number
-        if number is None:
-            number = len(self.stored.get_all_trials(study_id, deepcopy=False))
-        self._held = FrozenTrial(
-            number=number,
-            state=TrialState.RUNNING,
-            value=None,
-            datetime_start=datetime.now(),
-            datetime_complete=None,
-            params={},
-            distributions={},
-            user_attrs={},
-            system_attrs={},
-            intermediate_values={},
-            trial_id=_HELD,
-        )
+        number = len(self.history) if self.next_number is None else self.next_number
+        self._held = _new_trial(_HELD, number)
         return _HELD
 
     def _held_trial(self, trial_id: int) -> FrozenTrial:
@@ -354,7 +373,8 @@ class _Holding(BaseStorage):
     def get_all_trials(
         self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
     ) -> list[FrozenTrial]:
-        return self.stored.get_all_trials(study_id, deepcopy, states)
+        seen = [trial for trial in self.history if states is None or trial.state in states]
+        return copy.deepcopy(seen) if deepcopy else seen
 
     def create_new_study(self, directions: Sequence[StudyDirection], study_name: str | None = None) -> int:
         return self.stored.create_new_study(directions, study_name)

@@ -124,7 +124,7 @@ def _drive(study: Study, store: Store, ledger: Ledger, machine: Machine) -> int:
         if study.search is not None:
             from hqlt_orchestration.sampler import Proposer
 
-            proposer = Proposer(study, store.url)
+            proposer = Proposer(study, ledger)
         spool = Spool(
             store.spool_folder(study.name), f"{time.time():.0f}-{os.getpid()}", store.mlflow_uri, store.artifacts
         )

@@ -1,0 +1,79 @@
+"""Writes a study's sampling history into Optuna's own tables, a transaction for a trial's start and one for its end.
+
+Optuna's storage writes a trial parameter by parameter, with a look at the earlier trials for each: 18 ms of processor
+time for a trial of nine parameters, against 2 here, which was most of what the platform cost. What is written is what
+Optuna would have written (tests/orchestration/test_history.py compares), so its own tools read it.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+from optuna.distributions import BaseDistribution, distribution_to_json
+from optuna.storages._rdb import models
+from optuna.trial import TrialState
+
+_trials = models.TrialModel.__table__
+_params = models.TrialParamModel.__table__
+_user_attributes = models.TrialUserAttributeModel.__table__
+_system_attributes = models.TrialSystemAttributeModel.__table__
+_values = models.TrialValueModel.__table__
+
+
+def write_start(
+    tx: sa.Connection,
+    study_id: int,
+    params: Mapping[str, Any],
+    distributions: Mapping[str, BaseDistribution],
+    user_attributes: Mapping[str, Any],
+    system_attributes: Mapping[str, Any],
+) -> tuple[int, int]:
+    """Add a RUNNING trial in the transaction `tx`, which must hold the write lock. Returns its Optuna id and number."""
+    number: int = tx.execute(sa.select(sa.func.count()).where(_trials.c.study_id == study_id)).scalar_one()
+    started = _trials.insert().values(study_id=study_id, number=number, state=TrialState.RUNNING, datetime_start=_now())
+    trial_id: int = tx.execute(started.returning(_trials.c.trial_id)).scalar_one()
+    _insert(
+        tx,
+        _params,
+        [
+            {
+                "trial_id": trial_id,
+                "param_name": name,
+                "param_value": distributions[name].to_internal_repr(value),
+                "distribution_json": distribution_to_json(distributions[name]),
+            }
+            for name, value in params.items()
+        ],
+    )
+    for table, attributes in ((_user_attributes, user_attributes), (_system_attributes, system_attributes)):
+        rows = [
+            {"trial_id": trial_id, "key": key, "value_json": json.dumps(value)} for key, value in attributes.items()
+        ]
+        _insert(tx, table, rows)
+    return trial_id, number
+
+
+def write_end(tx: sa.Connection, trial_id: int, state: TrialState, values: Sequence[float] | None) -> bool:
+    """End a RUNNING trial in the transaction `tx`. Returns False, and changes nothing, if it has ended already."""
+    running = sa.and_(_trials.c.trial_id == trial_id, _trials.c.state == TrialState.RUNNING)
+    ended = tx.execute(_trials.update().where(running).values(state=state, datetime_complete=_now()))
+    if not ended.rowcount:
+        return False
+    finite = models.TrialValueModel.TrialValueType.FINITE
+    rows = [
+        {"trial_id": trial_id, "objective": index, "value": value, "value_type": finite}
+        for index, value in enumerate(values or ())
+    ]
+    _insert(tx, _values, rows)
+    return True
+
+
+def _insert(tx: sa.Connection, table: Any, rows: list[dict[str, Any]]) -> None:
+    if rows:
+        tx.execute(table.insert(), rows)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC).replace(tzinfo=None)
