@@ -156,6 +156,7 @@ def prepare_kernel(
     q_out,
     k_out,
     transfer,
+    local,
     gates,
     norms,
     T,
@@ -173,11 +174,13 @@ def prepare_kernel(
     DELTA: tl.constexpr,
     DECAY: tl.constexpr,
     TINY: tl.constexpr,
+    STORED: tl.constexpr,
     PREC: tl.constexpr,
 ):
-    """Features of q (times scale) and k with 1 / l2 norm, the matrix T, the log2 of gamma for keys and for queries.
+    """Features of q (times scale) and k with 1 / l2 norm, the log2 of gamma for keys and for queries, T, and with
+    STORED the local part tril(D q k^T): the scan of a rule with decay has no registers left to compute it.
 
-    q, k, q_out, k_out [B, T, H, K]; beta, log_decay [B, T, H]; transfer [B * H, NT, BT, BT];
+    q, k, q_out, k_out [B, T, H, K]; beta, log_decay [B, T, H]; transfer, local [B * H, NT, BT, BT];
     gates, norms [B * H, NT, 2, BT] float32 (keys, queries). Grid (NT, B * H). k_out is by the time of writing (SHIFT applied).
     """
     c = tl.program_id(0)
@@ -187,10 +190,12 @@ def prepare_kernel(
     d = tl.arange(0, K)
     row = (bh // H) * T * H + bh % H + first * H
     ok = i < count
+    tile = bh * NT + c
     x = _load(q + row * K + i[:, None] * (H * K) + d[None, :], ok, MASKED).to(tl.float32)
     x, norm = _features(x, FEATURE, BT)
-    _store(q_out + row * K + i[:, None] * (H * K) + d[None, :], x * scale, ok, MASKED)
-    norm_at = norms + (bh * NT + c) * (2 * BT) + i
+    qb = (x * scale).to(q_out.dtype.element_ty)
+    _store(q_out + row * K + i[:, None] * (H * K) + d[None, :], qb, ok, MASKED)
+    norm_at = norms + tile * (2 * BT) + i
     tl.store(norm_at + BT, norm)
     ok_k = ok & (first + i >= SHIFT)
     x = _load(k + (row - SHIFT * H) * K + i[:, None] * (H * K) + d[None, :], ok_k, MASKED).to(tl.float32)
@@ -203,7 +208,7 @@ def prepare_kernel(
     if DECAY:
         g = tl.load(log_decay + row + i * H, mask=ok, other=0.0).to(tl.float32) * LOG2E
         gk = tl.cumsum(g, 0)
-        gate = gates + (bh * NT + c) * (2 * BT) + i
+        gate = gates + tile * (2 * BT) + i
         tl.store(gate, gk)
         if READ == 0:
             gq = gk
@@ -212,6 +217,13 @@ def prepare_kernel(
         else:
             gq = tl.sum(tl.where((i[None, :] // READ) < (i[:, None] // READ), g[None, :], 0.0), 1)
         tl.store(gate + BT, gq)
+    square = tile * (BT * BT) + i[:, None] * BT + i[None, :]
+    if STORED:
+        P = tl.dot(qb, tl.trans(kb), input_precision=PREC)
+        seen = _readable(i[:, None], i[None, :], READ)
+        if DECAY:
+            P *= tl.exp2(tl.where(seen, gq[:, None] - gk[None, :], 0.0))
+        tl.store(local + square, tl.where(seen, P, 0.0).to(local.dtype.element_ty))
     if DELTA:
         b = tl.load(beta + row + i * H, mask=ok, other=0.0).to(tl.float32)
         b = tl.where(tl.abs(b) < TINY, TINY, b)
@@ -220,8 +232,7 @@ def prepare_kernel(
         if DECAY:
             A *= tl.exp2(tl.where(lower, gk[:, None] - gk[None, :], 0.0))
         X = _inverse(tl.where(lower, A, 0.0), BT, PREC) * b[:, None]
-        at = transfer + (bh * NT + c) * (BT * BT) + i[:, None] * BT + i[None, :]
-        tl.store(at, X.to(transfer.dtype.element_ty))
+        tl.store(transfer + square, X.to(transfer.dtype.element_ty))
 
 
 @triton.jit
@@ -230,6 +241,7 @@ def scan_kernel(
     k,
     v,
     transfer,
+    local,
     gates,
     o,
     states,
@@ -252,6 +264,7 @@ def scan_kernel(
     DECAY: tl.constexpr,
     OUTPUT: tl.constexpr,
     SAVE: tl.constexpr,
+    STORED: tl.constexpr,
     INITIAL: tl.constexpr,
     PREC: tl.constexpr,
 ):
@@ -270,6 +283,11 @@ def scan_kernel(
         S = tl.zeros((K, BV), tl.float32)
     read = S.to(k.dtype.element_ty)
     LOCAL: tl.constexpr = READ == 0 or (PARTS == 1 and STRIDE > READ)  # whether queries read writes of their own tile
+    if DECAY:  # gates are loaded one tile ahead: the load pipeline takes operands of dots only
+        gate = gates + bh * NT * (2 * BT)
+        next_gk = tl.load(gate + i)
+        next_gq = tl.load(gate + BT + i)
+        next_last = tl.load(gate + BT - 1)
     for c in range(0, NT):
         first, count = _tile(c, T, BT, PARTS, STRIDE)
         ok = i < count
@@ -285,8 +303,13 @@ def scan_kernel(
         ok_v = ok & (first + i >= SHIFT)
         vb = _load(v + (row - SHIFT * H) * V + i[:, None] * (H * V) + e[None, :], ok_v, MASKED)
         if DECAY:
-            gk = tl.load(gates + (bh * NT + c) * (2 * BT) + i)
-            last = tl.load(gates + (bh * NT + c) * (2 * BT) + BT - 1)
+            gk = next_gk
+            gq = next_gq
+            last = next_last
+            gate += tl.where(c + 1 < NT, 2 * BT, 0)
+            next_gk = tl.load(gate + i)
+            next_gq = tl.load(gate + BT + i)
+            next_last = tl.load(gate + BT - 1)
         if DELTA:
             tb = tl.load(transfer + (bh * NT + c) * (BT * BT) + i[:, None] * BT + i[None, :])
             R = tl.dot(kb, Sb, input_precision=PREC)
@@ -303,15 +326,17 @@ def scan_kernel(
             qb = _load(q + row * K + i[:, None] * (H * K) + d[None, :], ok, MASKED)
             acc = tl.dot(qb, read, input_precision=PREC)
             if DECAY:
-                gq = tl.load(gates + ((bh * NT + c) * 2 + 1) * BT + i)
                 acc *= tl.exp2(gq)[:, None]
             if LOCAL:
-                P = tl.dot(qb, tl.trans(kb), input_precision=PREC)
-                seen = _readable(i[:, None], i[None, :], READ)
-                if DECAY:
-                    P *= tl.exp2(tl.where(seen, gq[:, None] - gk[None, :], 0.0))
-                P = tl.where(seen, P, 0.0)
-                acc = tl.dot(P.to(kb.dtype), Ub, acc, input_precision=PREC)
+                if STORED:
+                    P = tl.load(local + (bh * NT + c) * (BT * BT) + i[:, None] * BT + i[None, :])
+                else:
+                    P = tl.dot(qb, tl.trans(kb), input_precision=PREC)
+                    seen = _readable(i[:, None], i[None, :], READ)
+                    if DECAY:
+                        P *= tl.exp2(tl.where(seen, gq[:, None] - gk[None, :], 0.0))
+                    P = tl.where(seen, P, 0.0).to(kb.dtype)
+                acc = tl.dot(P, Ub, acc, input_precision=PREC)
             _store(o + row * V + i[:, None] * (H * V) + e[None, :], acc, ok, MASKED)
         if DECAY:
             Ub = (Ub.to(tl.float32) * tl.exp2(last - gk)[:, None]).to(kb.dtype)
@@ -363,6 +388,11 @@ def reverse_scan_kernel(
         dS = tl.zeros((K, BV), tl.float32)
     dread = tl.zeros((K, BV), tl.float32)  # of the state at the start of a block that is cut into parts
     LOCAL: tl.constexpr = READ == 0 or (PARTS == 1 and STRIDE > READ)
+    if DECAY:
+        gate = gates + (bh * NT + NT - 1) * (2 * BT)
+        next_gk = tl.load(gate + i)
+        next_gq = tl.load(gate + BT + i)
+        next_last = tl.load(gate + BT - 1)
     for n in range(0, NT):
         c = NT - 1 - n
         first, count = _tile(c, T, BT, PARTS, STRIDE)
@@ -375,9 +405,13 @@ def reverse_scan_kernel(
         dob = _load(do + row * V + i[:, None] * (H * V) + e[None, :], ok, MASKED)
         dU = tl.dot(kb, dSb, input_precision=PREC)
         if DECAY:
-            gk = tl.load(gates + (bh * NT + c) * (2 * BT) + i)
-            gq = tl.load(gates + ((bh * NT + c) * 2 + 1) * BT + i)
-            last = tl.load(gates + (bh * NT + c) * (2 * BT) + BT - 1)
+            gk = next_gk
+            gq = next_gq
+            last = next_last
+            gate -= tl.where(c > 0, 2 * BT, 0)
+            next_gk = tl.load(gate + i)
+            next_gq = tl.load(gate + BT + i)
+            next_last = tl.load(gate + BT - 1)
             dU *= tl.exp2(last - gk)[:, None]
             dS *= tl.exp2(last)
         if LOCAL:
@@ -481,8 +515,6 @@ def gradient_kernel(
     tile = bh * NT + c
 
     dob = _load(do + row * V + rows, ok, MASKED)
-    S = tl.load(states + (tile - c % PARTS) * (K * V) + state_at)
-    acc = tl.dot(dob, tl.trans(S), input_precision=PREC)
     inner_q = tl.sum(dob.to(tl.float32) * _load(o + row * V + rows, ok, MASKED).to(tl.float32), 1)
     vb = _load(v + row_k * V + rows, ok_k, MASKED)
     dR = _load(dv + row_k * V + rows, ok_k, MASKED)
@@ -491,10 +523,10 @@ def gradient_kernel(
         U = _load(writes + row * V + rows, ok, MASKED)
         b = tl.load(beta + row + i * H, mask=ok, other=1.0).to(tl.float32)
         b = tl.where(tl.abs(b) < TINY, TINY, b)
-        db = tl.sum((dR.to(tl.float32) / b[:, None]) * (U.to(tl.float32) / b[:, None]), 1)
+        bdb = tl.sum(dR.to(tl.float32) * (U.to(tl.float32) / b[:, None]), 1)
         if part == 0:
-            tl.store(dbeta + row + i * H, db.to(dbeta.dtype.element_ty), mask=ok)
-        inner_k = 2 * b * db - inner_v
+            tl.store(dbeta + row + i * H, (bdb / b).to(dbeta.dtype.element_ty), mask=ok)
+        inner_k = 2 * bdb - inner_v
     else:
         U = vb
         inner_k = inner_v
@@ -502,58 +534,66 @@ def gradient_kernel(
         gk = tl.load(gates + tile * (2 * BT) + i)
         gq = tl.load(gates + tile * (2 * BT) + BT + i)
         last = tl.load(gates + tile * (2 * BT) + BT - 1)
-        acc *= tl.exp2(gq)[:, None]
     norm_k = tl.load(norms + tile * (2 * BT) + i)
     norm_q = tl.load(norms + tile * (2 * BT) + BT + i)
-    yk = _activate(_load(k + row_k * K + cols, ok_k, MASKED).to(tl.float32), FEATURE) * norm_k[:, None]
-    if FEATURE == ELU_PLUS_ONE and MASKED:
-        yk = tl.where(ok_k[:, None], yk, 0.0)
-    yk = yk.to(dob.dtype)
+
     if LOCAL:
         P = tl.dot(dob, tl.trans(U), input_precision=PREC)  # [query, write]
         seen = _readable(i[:, None], i[None, :], READ)
         if DECAY:
             P *= tl.exp2(tl.where(seen, gq[:, None] - gk[None, :], 0.0))
-        acc = tl.dot(tl.where(seen, P, 0.0).to(dob.dtype), yk, acc, input_precision=PREC)
+        P = tl.where(seen, P, 0.0).to(dob.dtype)
+    S = tl.load(states + (tile - c % PARTS) * (K * V) + state_at)
+    acc = tl.dot(dob, tl.trans(S), input_precision=PREC)
+    if DECAY:
+        acc *= tl.exp2(gq)[:, None]
+    yk = _activate(_load(k + row_k * K + cols, ok_k, MASKED).to(tl.float32), FEATURE) * norm_k[:, None]
+    if FEATURE == ELU_PLUS_ONE and MASKED:
+        yk = tl.where(ok_k[:, None], yk, 0.0)
+    yk = yk.to(dob.dtype)
+    if LOCAL:
+        acc = tl.dot(P, yk, acc, input_precision=PREC)
     x = _load(q + row * K + cols, ok, MASKED).to(tl.float32)
     yq = (_activate(x, FEATURE) * (norm_q * scale)[:, None]).to(dob.dtype)
     _store(dq + row * K + cols, _features_backward(x, acc * scale, norm_q, inner_q, FEATURE), ok, MASKED)
 
     if DELTA:
-        if PARTS > 1:
-            S = tl.load(states + tile * (K * V) + state_at)
-        read = tl.dot(dR, tl.trans(S), input_precision=PREC)
-        if DECAY:
-            read *= tl.exp2(gk)[:, None]
-    dS = tl.load(dstates + tile * (K * V) + state_at)
-    acc = tl.dot(U, tl.trans(dS), input_precision=PREC)
-    if DECAY:
-        acc *= tl.exp2(last - gk)[:, None]
-        if c + 1 < NT:
-            after = tl.load(states + (tile + 1) * (K * V) + state_at).to(tl.float32)
-        else:
-            after = tl.load(final + bh * (K * V) + state_at)
-        dlast = tl.sum(tl.sum(after * dS.to(tl.float32), 1), 0)
-    if DELTA:
-        acc -= read
         lower = i[:, None] > i[None, :]
         M = tl.dot(dR, tl.trans(U), input_precision=PREC)
         MT = tl.dot(U, tl.trans(dR), input_precision=PREC)
         M = tl.where(i[:, None] == i[None, :], 0.0, tl.where(lower, -M, -MT))
         if DECAY:
-            ahead = gk[:, None] - gk[None, :]
-            M *= tl.exp2(tl.where(lower, ahead, -ahead))
-        acc = tl.dot(M.to(dob.dtype), yk, acc, input_precision=PREC)
+            M *= tl.exp2(-tl.abs(gk[:, None] - gk[None, :]))
+        M = M.to(dob.dtype)
+        if PARTS > 1:
+            S = tl.load(states + tile * (K * V) + state_at)
+        read = tl.dot(dR, tl.trans(S), input_precision=PREC)
+        if DECAY:
+            read *= tl.exp2(gk)[:, None]
     if LOCAL:
         PT = tl.dot(U, tl.trans(dob), input_precision=PREC)
         seen = _readable(i[None, :], i[:, None], READ)
         if DECAY:
             PT *= tl.exp2(tl.where(seen, gq[None, :] - gk[:, None], 0.0))
-        acc = tl.dot(tl.where(seen, PT, 0.0).to(dob.dtype), yq, acc, input_precision=PREC)
+        PT = tl.where(seen, PT, 0.0).to(dob.dtype)
+    dS = tl.load(dstates + tile * (K * V) + state_at)
+    acc = tl.dot(U, tl.trans(dS), input_precision=PREC)
+    if DECAY:
+        acc *= tl.exp2(last - gk)[:, None]
+    if DELTA:
+        acc -= read
+        acc = tl.dot(M, yk, acc, input_precision=PREC)
+    if LOCAL:
+        acc = tl.dot(PT, yq, acc, input_precision=PREC)
     x = _load(k + row_k * K + cols, ok_k, MASKED).to(tl.float32)
     _store(dk + row_k * K + cols, _features_backward(x, acc, norm_k, inner_k, FEATURE), ok_k, MASKED)
 
     if DECAY:
+        dS = tl.load(dstates + tile * (K * V) + state_at).to(tl.float32)  # again: it was not kept in registers
+        if c + 1 < NT:
+            dlast = tl.sum(tl.sum(tl.load(states + (tile + 1) * (K * V) + state_at).to(tl.float32) * dS, 1), 0)
+        else:
+            dlast = tl.sum(tl.sum(tl.load(final + bh * (K * V) + state_at) * dS, 1), 0)
         dg = tl.zeros((BT,), tl.float32) + dlast
         if part == 0:
             dg += tl.sum(tl.where(i[:, None] >= i[None, :], -inner_v[:, None], 0.0), 0)

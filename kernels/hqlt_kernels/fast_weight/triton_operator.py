@@ -158,14 +158,16 @@ def fast_weight_forward(
     if not save:
         transfer, gates, norms = _intermediates(q, beta, log_decay, launch, tiling)
     shape = _constants(q, v, beta, log_decay, launch, tiling, read, shift)
+    stored = log_decay is not None and tiling.parts == 1 and tiling.stride > read
+    local = q.new_empty(batch * n_heads if stored else 0, tiling.n_tiles, launch.tile, launch.tile)
     kernels.prepare_kernel[(tiling.n_tiles, batch * n_heads)](
-        q, k, beta, log_decay, q_scaled, k_mapped, transfer, gates, norms, n_tokens, tiling.n_tiles, scale,
-        K=key_dim, FEATURE=feature, TINY=_tiny(q.dtype), **shape,
+        q, k, beta, log_decay, q_scaled, k_mapped, transfer, local, gates, norms, n_tokens, tiling.n_tiles, scale,
+        K=key_dim, FEATURE=feature, TINY=_tiny(q.dtype), STORED=stored, **shape,
         num_warps=launch.prepare.warps, num_stages=launch.prepare.stages,
     )  # fmt: skip
     kernels.scan_kernel[(v.shape[-1] // launch.scan.block, batch * n_heads)](
-        q_scaled, k_mapped, v, transfer, gates, o, states, writes, initial_state, final, n_tokens, tiling.n_tiles,
-        K=key_dim, V=v.shape[-1], BV=launch.scan.block, OUTPUT=True, SAVE=save, INITIAL=initial_state is not None,
+        q_scaled, k_mapped, v, transfer, local, gates, o, states, writes, initial_state, final, n_tokens, tiling.n_tiles,
+        K=key_dim, V=v.shape[-1], BV=launch.scan.block, OUTPUT=True, SAVE=save, STORED=stored, INITIAL=initial_state is not None,
         **shape, num_warps=launch.scan.warps, num_stages=launch.scan.stages,
     )  # fmt: skip
     return out
