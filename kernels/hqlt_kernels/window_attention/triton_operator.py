@@ -1,0 +1,186 @@
+"""Window attention on Triton kernels, as custom operators with autograd and vmap. See triton_kernels.py."""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from hqlt_kernels.triton_replicas import fold_replicas
+from hqlt_kernels.window_attention import triton_kernels as kernels
+
+HEAD_DIMS = (32, 64, 128)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# Up to this many key tiles the loop is unrolled and keys are turned inside: a key is then turned N_TILES times, and
+# beyond three it is cheaper to turn all of them once.
+MAX_UNROLLED_TILES = 3
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None,
+    rope_base: float | None,
+    chunk_aligned: bool,
+    position: int,
+    scale: float,
+) -> Tensor:
+    """The attention of `definition.window_attention`, with rotary embedding inside.
+
+    Dots take operands in the dtype of the inputs and add in float32; float32 inputs are multiplied in three tf32 parts.
+    """
+    out_dtype = v.dtype
+    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+    n_keys = k.shape[1]
+    o, _ = window_forward(
+        q.to(dtype).contiguous(),
+        k.to(dtype).contiguous(),
+        v.to(dtype).contiguous(),
+        n_keys if window is None else min(window, n_keys) if not chunk_aligned else window,
+        0.0 if rope_base is None else rope_base,
+        chunk_aligned,
+        position % window if chunk_aligned and window is not None else 0,
+        scale,
+    )
+    return o.to(out_dtype)
+
+
+@torch.library.custom_op("hqlt::window_forward", mutates_args=())
+def window_forward(
+    q: Tensor, k: Tensor, v: Tensor, window: int, rope_base: float, aligned: bool, phase: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """o and lse (log2 of the sum of exponentials). rope_base 0 is no rotary embedding."""
+    o, lse = _forward_outputs(q, v)
+    plan = _plan(q, k, v, window, rope_base, aligned)
+    if plan.turned_before:
+        q, k = _turn_all(q, rope_base, k.shape[1] - q.shape[1], back=False), _turn_all(k, rope_base, 0, back=False)
+    kernels.forward_kernel[(triton.cdiv(q.shape[1], plan.tile), q.shape[0] * q.shape[2])](
+        q, k, v, plan.cos, plan.sin, o, lse, q.shape[1], k.shape[1], window, phase, scale, **plan.constants,
+        num_warps=4, num_stages=plan.stages,
+    )  # fmt: skip
+    return o, lse
+
+
+@torch.library.custom_op("hqlt::window_backward", mutates_args=())
+def window_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    window: int,
+    rope_base: float,
+    aligned: bool,
+    phase: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv."""
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    plan = _plan(q, k, v, window, rope_base, aligned)
+    offset = k.shape[1] - q.shape[1]
+    if plan.turned_before:
+        q, k = _turn_all(q, rope_base, offset, back=False), _turn_all(k, rope_base, 0, back=False)
+    delta = torch.empty_like(lse)
+    sizes = (q.shape[1], k.shape[1], window, phase, scale)
+    kernels.query_gradient_kernel[(triton.cdiv(q.shape[1], plan.tile), q.shape[0] * q.shape[2])](
+        q, k, v, plan.cos, plan.sin, o, do, lse, delta, dq, *sizes, **plan.constants,
+        num_warps=4, num_stages=plan.stages,
+    )  # fmt: skip
+    kernels.key_value_gradient_kernel[(triton.cdiv(k.shape[1], plan.tile), q.shape[0] * q.shape[2])](
+        q, k, v, plan.cos, plan.sin, do, lse, delta, dk, dv, *sizes, **plan.constants,
+        num_warps=4, num_stages=1,
+    )  # fmt: skip
+    if plan.turned_before:
+        dq, dk = _turn_all(dq, rope_base, offset, back=True), _turn_all(dk, rope_base, 0, back=True)
+    return dq, dk, dv
+
+
+class _Plan:
+    """How the kernels are launched for one call."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, window: int, rope_base: float, aligned: bool) -> None:
+        head_dim = q.shape[-1]
+        self.tile = 32 if q.dtype == torch.float32 else 64
+        self.stages = 2 if q.dtype != torch.float32 else 1
+        tiles = 1 + triton.cdiv(window - 1, self.tile)
+        unrolled = tiles <= MAX_UNROLLED_TILES and k.shape[1] == q.shape[1]
+        self.turned_before = rope_base > 0 and not unrolled
+        rope = rope_base > 0 and unrolled
+        self.cos, self.sin = _table(rope_base, tiles * self.tile, head_dim, 0, q.device) if rope else (q, q)
+        self.constants: dict[str, Any] = {
+            "H": q.shape[2],
+            "D": head_dim,
+            "V": v.shape[-1],
+            "BT": self.tile,
+            "N_TILES": tiles if unrolled else 0,
+            "ALIGNED": aligned,
+            "ROPE": rope,
+            "PREC": "tf32x3" if q.dtype == torch.float32 else "tf32",
+        }
+
+
+_plan = _Plan
+
+
+def _turn_all(x: Tensor, base: float, position: int, *, back: bool) -> Tensor:
+    """`x` [B, T, H, D] turned by absolute positions, or turned back."""
+    batch, n_tokens, n_heads, head_dim = x.shape
+    cos, sin = _table(base, n_tokens, head_dim, position, x.device)
+    y = torch.empty_like(x)
+    kernels.turn_kernel[(triton.cdiv(n_tokens, 32), batch * n_heads)](
+        x, y, cos, sin, n_tokens, H=n_heads, D=head_dim, BT=32, BACK=back
+    )
+    return y
+
+
+@lru_cache(maxsize=32)
+def _table(base: float, rows: int, head_dim: int, position: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * base^(-2 i / D), [rows, D / 2] float32, computed in float64.
+
+    Kept between calls: a CUDA graph must be warmed up with the same shapes before it is captured.
+    """
+    frequencies = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
+    angles = torch.outer(torch.arange(position, position + rows, dtype=torch.float64, device=device), frequencies)
+    return angles.cos().float().contiguous(), angles.sin().float().contiguous()
+
+
+def _forward_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    batch, n_queries, n_heads, _ = q.shape
+    return (
+        q.new_empty(batch, n_queries, n_heads, v.shape[-1]),
+        q.new_empty(batch * n_heads, n_queries, dtype=torch.float32),
+    )
+
+
+@window_forward.register_fake
+def _(q, k, v, *_rest):  # type: ignore[no-untyped-def]  # torch calls it
+    return _forward_outputs(q, v)
+
+
+@window_backward.register_fake
+def _(q, k, v, *_rest):  # type: ignore[no-untyped-def]  # torch calls it
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:3], *output)
+    ctx.options = inputs[3:]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, do: Tensor | None, _dlse: None) -> tuple[Tensor | None, ...]:
+    if do is None:
+        return (None,) * 8
+    return (*window_backward(*ctx.saved_tensors, do.contiguous(), *ctx.options), *(None,) * 5)
+
+
+window_forward.register_autograd(_backward, setup_context=_setup_context)
+fold_replicas(window_forward)
+fold_replicas(window_backward)
