@@ -27,23 +27,25 @@ class Tokens:
         return self.k.shape[1]
 
     def __getitem__(self, span: slice) -> "Tokens":
-        return Tokens(*(None if x is None else x[:, span] for x in self._fields()))
+        beta = None if self.beta is None else self.beta[:, span]
+        log_decay = None if self.log_decay is None else self.log_decay[:, span]
+        return Tokens(self.k[:, span], self.v[:, span], beta, log_decay)
 
     def after(self, earlier: "Tokens | None") -> "Tokens":
-        """`earlier` and these, in the order of time. Strengths that `earlier` does not have are dropped."""
+        """`earlier` and these, in the order of time. Both have strengths, or neither."""
         if earlier is None:
             return self
-        pairs = zip(earlier._fields(), self._fields(), strict=True)
-        return Tokens(*(None if a is None or b is None else torch.cat([a, b], 1) for a, b in pairs))
+        beta = None if self.beta is None or earlier.beta is None else torch.cat([earlier.beta, self.beta], 1)
+        log_decay = None
+        if self.log_decay is not None and earlier.log_decay is not None:
+            log_decay = torch.cat([earlier.log_decay, self.log_decay], 1)
+        return Tokens(torch.cat([earlier.k, self.k], 1), torch.cat([earlier.v, self.v], 1), beta, log_decay)
 
     def last_writes(self) -> "Tokens":
         """What KV-memory sees: the key and value of each token's last write, without strengths."""
         if self.k.dim() == 4:
             return Tokens(self.k, self.v)
         return Tokens(self.k[:, :, -1], self.v[:, :, -1])
-
-    def _fields(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        return self.k, self.v, self.beta, self.log_decay
 
 
 @dataclass(frozen=True)

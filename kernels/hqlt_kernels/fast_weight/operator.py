@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hqlt_kernels.backends import Forced, Operator, choose_backend
-from hqlt_kernels.fast_weight import definition
+from hqlt_kernels.fast_weight import chunked, definition
 from hqlt_kernels.feature_maps import FeatureMap, map_features
 from hqlt_kernels.precision import compute_dtype
 
@@ -63,8 +63,10 @@ def fast_weight(
         return v[:, :, 0] if v.dim() == 5 else v, zeros if initial_state is None else initial_state.to(dtype)
     chosen = choose_backend(rule, device=q.device, dtype=q.dtype, head_dim=q.shape[-1], forced=backend).backend
     match chosen:
-        case "definition" | "chunked":
+        case "definition":
             recurrence = definition.fast_weight
+        case "chunked":
+            recurrence = chunked.fast_weight
         case "triton":
             raise AssertionError("choose_backend announces no Triton kernel")
     if normaliser == "none":

@@ -1,0 +1,427 @@
+"""Fast weights on whole tiles of tokens: batched matrix products, a short scan over tiles, a hand-written backward.
+
+For one head and one tile of c tokens with w = c n writes (n a token), S [K, V] being the state at the tile's start:
+
+    B = beta K                            what is written at each key; B = K without beta
+    R = X (V - d K S)                     what each write adds, its residual; R = V without beta
+    O = scale (d Q S + P R)               d: what is left of the state when a token asks or writes, 1 without decay
+    S' = d S + (d B)^T R                  likewise until the end of the tile
+
+with A = strictly lower (K B^T), X = (I + A)^-1 and P = Q B^T where a query reads a write of its own tile, both times
+the decay in between. README.md derives this and its gradient.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from hqlt_kernels.fast_weight import definition
+from hqlt_kernels.feature_maps import FeatureMap, map_features
+from hqlt_kernels.functions import fold_mapped_axis, quick_to_apply, unfold_mapped_axis
+from hqlt_kernels.precision import compute_dtype
+
+STRONGEST_LOG_DECAY = -1e4  # its exp is 0 in float64 too, and sums of it stay finite where -inf - -inf would give NaN
+LARGEST_SOLVE = 48  # beyond it, inverting by halves is faster than one LAPACK solve: 64 x 64 takes 2.8 us, not 5
+
+
+def fast_weight(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    *,
+    feature_map: FeatureMap,
+    scale: float,
+    read_chunk: int | None,
+) -> tuple[Tensor, Tensor]:
+    """The same as `definition.fast_weight`, on tiles of tokens. Any T >= 1 and any `read_chunk`."""
+    n_tokens, n_writes = k.shape[1], k.shape[2] if k.dim() == 5 else 1
+    if n_tokens * n_writes == 1:  # one write is what the definition's loop body does, without a tile's overhead
+        return definition.fast_weight(
+            q, k, v, beta, log_decay, initial_state, feature_map=feature_map, scale=scale, read_chunk=read_chunk
+        )
+    dtype = compute_dtype(q, k, v)
+    q, k = map_features(q.to(dtype), feature_map), map_features(k.to(dtype), feature_map)
+    values = v.to(dtype)
+    strengths, decays, state = (None if x is None else x.to(dtype) for x in (beta, log_decay, initial_state))
+    if k.dim() == 5:  # the writes of a token follow each other in time
+        k, values = k.flatten(1, 2), values.flatten(1, 2)
+        strengths = None if strengths is None else strengths.flatten(1, 2)
+    tiling = Tiling.of(n_tokens, n_writes, k.shape[-1], read_chunk)
+    outputs = _Recurrence.apply(q, k, values, strengths, decays, state, scale, tiling)  # type: ignore[no-untyped-call]
+    return outputs[0].to(v.dtype), outputs[1]
+
+
+def writes_in_a_tile(key_width: int) -> int:
+    """Near the fastest on one CPU thread, forward and backward (README.md): products with the state cost K V a token,
+    products inside a tile grow with its length."""
+    return 16 if key_width <= 32 else 32 if key_width < 128 else 64
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a sequence is cut into `n_tiles` tiles of `n_tokens` tokens, each writing `n_writes` times."""
+
+    n_tiles: int
+    n_tokens: int
+    n_writes: int
+    read_chunk: int | None
+
+    @staticmethod
+    def of(length: int, n_writes: int, key_width: int, read_chunk: int | None) -> "Tiling":
+        """Tiles of about the best size; they divide the chunk that is read, or are multiples of it."""
+        best = max(1, writes_in_a_tile(key_width) // n_writes)
+        if read_chunk is None or read_chunk >= length:
+            n_tiles = max(1, round(length / best))
+            return Tiling(n_tiles, -(-length // n_tiles), n_writes, read_chunk)
+        if read_chunk <= best:
+            n_chunks = -(-length // read_chunk)
+            n_tiles = max(1, round(length / best))
+            n_tokens = length if n_tiles == 1 else -(-n_chunks // n_tiles) * read_chunk
+            return Tiling(-(-length // n_tokens), n_tokens, n_writes, read_chunk)
+        n_tokens = max(size for size in range(1, 2 * best + 1) if read_chunk % size == 0)
+        return Tiling(-(-length // n_tokens), n_tokens, n_writes, read_chunk)
+
+    @property
+    def writes(self) -> int:
+        return self.n_tokens * self.n_writes
+
+    @property
+    def tokens_read(self) -> Sequence[int]:
+        """For each token of a tile, how many of the tile's tokens its query reads."""
+        if self.read_chunk is None:
+            return range(1, self.n_tokens + 1)
+        return [i // self.read_chunk * self.read_chunk for i in range(self.n_tokens)]
+
+    @property
+    def reads_itself(self) -> bool:
+        """Whether any query reads a write of its own tile."""
+        return self.read_chunk is None or self.read_chunk < self.n_tokens
+
+    @property
+    def tiles_read(self) -> list[int] | None:
+        """For each tile, the tile whose first state its queries read; None if each reads its own."""
+        if self.read_chunk is None or self.read_chunk <= self.n_tokens:
+            return None
+        starts = (n * self.n_tokens // self.read_chunk * self.read_chunk for n in range(self.n_tiles))
+        return [start // self.n_tokens for start in starts]
+
+
+@quick_to_apply
+class _Recurrence(torch.autograd.Function):
+    """q, k, v, beta, log_decay, initial_state, scale, tiling -> o, final state, and what the backward needs.
+
+    The writes of a token lie on the time axis: k [B, T n, H, K], v [B, T n, H, V], beta [B, T n, H]. Inside, tiles lie
+    [tile B H, token, width], so that a step of the scan is one product of contiguous batches of B H matrices. Writing
+    a product into a slice that is not contiguous takes twice as long; nothing here does.
+    """
+
+    @staticmethod
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor | None,
+        log_decay: Tensor | None,
+        initial_state: Tensor | None,
+        scale: float,
+        tiling: Tiling,
+    ) -> tuple[Tensor | None, ...]:
+        batch, length, n_heads, key_width = q.shape
+        m, n_tiles = batch * n_heads, tiling.n_tiles
+        Q = _to_tiles(q, n_tiles, tiling.n_tokens)
+        K, V = _to_tiles(k, n_tiles, tiling.writes), _to_tiles(v, n_tiles, tiling.writes)
+        strengths = None if beta is None else _to_tiles(beta, n_tiles, tiling.writes).unsqueeze(-1)
+        written = K if strengths is None else K * strengths
+        decay = None if log_decay is None else _Decay.of(log_decay, tiling, scale)
+
+        inverse, residuals = None, V
+        if strengths is not None:
+            A = K @ written.mT  # its upper triangle is never read
+            if decay is not None:
+                A *= decay.between_writes
+            inverse, residuals = _unit_lower_inverse(A), torch.empty_like(V)
+        keys_now, written_later = (
+            (K, written) if decay is None else (K * decay.until_write, written * decay.after_write)
+        )
+        states = q.new_empty((n_tiles + 1) * m, key_width, v.shape[-1])
+        if initial_state is not None:
+            states[:m] = initial_state.flatten(0, 1)
+        elif tiling.tiles_read is not None:
+            states[:m] = 0  # read by later tiles; otherwise nobody reads an empty state
+        for n in range(n_tiles):
+            tile, next_tile = slice(n * m, (n + 1) * m), slice((n + 1) * m, (n + 2) * m)
+            state, next_state, residual = states[tile], states[next_tile], residuals[tile]
+            is_empty = n == 0 and initial_state is None
+            if inverse is not None:
+                missing = V[tile] if is_empty else torch.baddbmm(V[tile], keys_now[tile], state, alpha=-1)
+                torch.bmm(inverse[tile], missing, out=residual)
+            if is_empty:
+                torch.bmm(written_later[tile].mT, residual, out=next_state)
+            elif decay is None:
+                torch.baddbmm(state, written_later[tile].mT, residual, out=next_state)
+            else:
+                torch.mul(state, decay.over_tile[tile], out=next_state)
+                next_state.baddbmm_(written_later[tile].mT, residual)
+
+        P = None
+        if tiling.reads_itself:
+            P = Q @ written.mT
+            P *= _read_mask(tiling, scale, q) if decay is None else decay.between_read
+            answers = P @ residuals
+        else:
+            answers = q.new_zeros(*Q.shape[:2], v.shape[-1])
+        start = m if initial_state is None else 0  # where tiles begin that find something from before
+        if start < n_tiles * m:
+            queries = Q if decay is None else Q * decay.until_read
+            found = _read_states(states, m, tiling)
+            answers[start:].baddbmm_(queries[start:], found[start:], alpha=scale)
+        final_state = states[n_tiles * m :].reshape(batch, n_heads, key_width, -1).clone()
+        return (
+            _from_tiles(answers, n_tiles, n_heads, length),
+            final_state,
+            Q,
+            K,
+            strengths,
+            written,
+            residuals,
+            P,
+            inverse,
+            states,
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        q, _, _, _, log_decay, initial_state, ctx.scale, ctx.tiling = inputs
+        ctx.batch, ctx.length, ctx.n_heads, _ = q.shape
+        ctx.starts_empty = initial_state is None
+        ctx.mark_non_differentiable(*(x for x in output[2:] if x is not None))
+        ctx.save_for_backward(log_decay, *output[2:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_o: Tensor | None, grad_final_state: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
+        log_decay, Q, K, strengths, written, residuals, P, inverse, states = ctx.saved_tensors
+        tiling: Tiling = ctx.tiling
+        scale: float = ctx.scale
+        n_tiles, n_heads, length, m = tiling.n_tiles, ctx.n_heads, ctx.length, ctx.batch * ctx.n_heads
+        decay = None if log_decay is None else _Decay.of(log_decay, tiling, scale)
+        start = m if ctx.starts_empty else 0
+        # With respect to the last tile's end there is a gradient only if the final state was used.
+        end = n_tiles * m if grad_final_state is not None else (n_tiles - 1) * m
+        if grad_o is None:
+            grad_answers = residuals.new_zeros(*Q.shape[:2], residuals.shape[-1])
+        else:
+            grad_answers = _to_tiles(grad_o, n_tiles, tiling.n_tokens)
+        grad_states = torch.empty_like(states)  # what lies before start, or behind end, is never read
+        if grad_final_state is not None:
+            grad_states[n_tiles * m :] = grad_final_state.flatten(0, 1)
+        queries, keys_now, written_later = Q, K, written
+        if decay is not None:
+            queries, keys_now, written_later = Q * decay.until_read, K * decay.until_write, written * decay.after_write
+        if start < n_tiles * m:
+            inside = grad_states[start : n_tiles * m]
+            if tiling.tiles_read is None:
+                torch.baddbmm(inside, queries[start:].mT, grad_answers[start:], beta=0, alpha=scale, out=inside)
+            else:
+                by_tile = torch.tensor(tiling.tiles_read, device=Q.device)
+                found = torch.bmm(queries.mT, grad_answers).view(n_tiles, m, *states.shape[1:])
+                inside.zero_()
+                grad_states.view(n_tiles + 1, *found.shape[1:]).index_add_(0, by_tile, found, alpha=scale)
+
+        grad_residuals = torch.zeros_like(residuals) if P is None else P.mT @ grad_answers
+        grad_values = grad_residuals if inverse is None else torch.empty_like(residuals)
+        for n in reversed(range(n_tiles)):
+            tile, next_tile = slice(n * m, (n + 1) * m), slice((n + 1) * m, (n + 2) * m)
+            if n * m < end:
+                grad_residuals[tile].baddbmm_(written_later[tile], grad_states[next_tile])
+            if inverse is not None:
+                torch.bmm(inverse[tile].mT, grad_residuals[tile], out=grad_values[tile])
+            if n * m >= start:
+                grad_state = grad_states[tile]
+                if inverse is not None:
+                    grad_state.baddbmm_(keys_now[tile].mT, grad_values[tile], alpha=-1)
+                if n * m < end:
+                    later = grad_states[next_tile]
+                    grad_state += later if decay is None else later * decay.over_tile[tile]
+
+        if P is None:
+            grad_q, grad_written = torch.zeros_like(Q), torch.zeros_like(written)
+        else:
+            grad_P = grad_answers @ residuals.mT
+            grad_P *= _read_mask(tiling, scale, Q) if decay is None else decay.between_read
+            grad_q, grad_written = grad_P @ written, grad_P.mT @ Q
+        grad_k = grad_written
+        if inverse is not None:
+            grad_A = grad_values @ residuals.mT
+            grad_A *= _minus_below_diagonal(tiling.writes, K)
+            if decay is not None:
+                grad_A *= decay.between_writes
+            grad_k = grad_A @ written
+            grad_written.baddbmm_(grad_A.mT, K)
+        # What went through the state at a tile's start, times what was left of it by then.
+        left = (None, None, None) if decay is None else (decay.until_read, decay.until_write, decay.after_write)
+        if start < n_tiles * m:
+            _add_product(grad_q, grad_answers, _read_states(states, m, tiling).mT, left[0], scale, slice(start, None))
+            if inverse is not None:
+                _add_product(grad_k, grad_values, states[: n_tiles * m].mT, left[1], -1, slice(start, None))
+        _add_product(grad_written, residuals, grad_states[m:].mT, left[2], 1, slice(None, end))
+
+        grad_beta = grad_log_decay = None
+        if decay is not None:
+            # Decay sums appear in exponents only, so their gradients are inner products that are known by now:
+            # positive where the sum ends (at a read, at a write's own look back, at the tile's end), negative where it
+            # starts. A sum contains every earlier log_decay of its tile: hence the reversed cumulative sum.
+            starts = (written * grad_written).sum(-1)
+            ends = -starts if inverse is None else (K * grad_k).sum(-1) - starts
+            by_token = ends.view(-1, tiling.n_tokens, tiling.n_writes).sum(-1)
+            reads = torch.tensor(tiling.tokens_read, device=Q.device)
+            asked = (Q * grad_q).sum(-1)
+            by_token.index_add_(1, reads[reads > 0] - 1, asked[:, reads > 0])
+            by_token[:end, -1] += (states[m : end + m] * grad_states[m : end + m]).sum((1, 2))
+            grad_log_decay = by_token.flip(1).cumsum(1).flip(1)
+        if strengths is not None:
+            grad_beta = (grad_written * K).sum(-1)
+            grad_k.addcmul_(grad_written, strengths)
+        n_writes = length * tiling.n_writes
+        return (
+            _from_tiles(grad_q, n_tiles, n_heads, length),
+            _from_tiles(grad_k, n_tiles, n_heads, n_writes),
+            _from_tiles(grad_values, n_tiles, n_heads, n_writes),
+            None if grad_beta is None else _from_tiles(grad_beta, n_tiles, n_heads, n_writes),
+            None if grad_log_decay is None else _from_tiles(grad_log_decay, n_tiles, n_heads, length),
+            grad_states[:m].view(ctx.batch, n_heads, *states.shape[1:]) if start == 0 else None,
+            None,
+            None,
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        folded = fold_mapped_axis(info.batch_size, in_dims, inputs)
+        o, final_state, *_ = _Recurrence.apply(*folded)  # type: ignore[no-untyped-call]
+        return unfold_mapped_axis(info.batch_size, o, final_state)
+
+
+@dataclass(frozen=True)
+class _Decay:
+    """What is left of a write after the decay between two points of a tile, [tile B H, ...]."""
+
+    between_read: Tensor
+    """[c, w]: from a write to a query that reads it, times the scale; 0 where it does not."""
+    between_writes: Tensor
+    """[w, w]: from a write to a later one; 1 on the diagonal, 0 above."""
+    until_read: Tensor
+    """[c, 1]: from the tile's start to what a query reads."""
+    until_write: Tensor
+    """[w, 1]: from the tile's start to a write."""
+    after_write: Tensor
+    """[w, 1]: from a write to the tile's end."""
+    over_tile: Tensor
+    """[1, 1]: from start to end."""
+
+    @staticmethod
+    def of(log_decay: Tensor, tiling: Tiling, scale: float) -> "_Decay":
+        """`log_decay` [B, T, H]. Summed in float64: differences of float32 sums would lose what a small decay does
+        after a large one."""
+        tiles = _to_tiles(log_decay, tiling.n_tiles, tiling.n_tokens)
+        total = tiles.double().clamp_(min=STRONGEST_LOG_DECAY).cumsum(-1)
+        at_write = total if tiling.n_writes == 1 else total.repeat_interleave(tiling.n_writes, -1)
+        at_read = total
+        if tiling.read_chunk is not None:
+            at_read = functional.pad(total, (1, 0))[:, list(tiling.tokens_read)]
+
+        def left(log: Tensor) -> Tensor:
+            return log.to(log_decay.dtype).exp()
+
+        lower = torch.ones(tiling.writes, tiling.writes, dtype=torch.bool, device=log_decay.device).tril_()
+        between_writes = left((at_write[:, :, None] - at_write[:, None, :]).masked_fill_(~lower, -torch.inf))
+        if tiling.read_chunk is None and tiling.n_writes == 1:
+            between_read = between_writes * scale
+        else:
+            is_read = _read_mask(tiling, 1, log_decay) == 1
+            between_read = left((at_read[:, :, None] - at_write[:, None, :]).masked_fill_(~is_read, -torch.inf)) * scale
+        return _Decay(
+            between_read,
+            between_writes,
+            left(at_read).unsqueeze(-1),
+            left(at_write).unsqueeze(-1),
+            left(total[:, -1:] - at_write).unsqueeze(-1),
+            left(total[:, -1:]).unsqueeze(-1),
+        )
+
+
+def _read_mask(tiling: Tiling, value: float, like: Tensor) -> Tensor:
+    """[c, w]: `value` where a query reads a write of its own tile, else 0."""
+    mask = like.new_full((tiling.n_tokens, tiling.writes), value)
+    if tiling.read_chunk is None and tiling.n_writes == 1:
+        return mask.tril_()
+    end = torch.tensor(tiling.tokens_read, device=like.device) * tiling.n_writes
+    return mask.masked_fill_(torch.arange(tiling.writes, device=like.device) >= end[:, None], 0)
+
+
+def _minus_below_diagonal(size: int, like: Tensor) -> Tensor:
+    return like.new_full((size, size), -1).tril_(-1)
+
+
+def _read_states(states: Tensor, m: int, tiling: Tiling) -> Tensor:
+    """For each tile, the states [B H, K, V] that its queries read."""
+    if tiling.tiles_read is None:
+        return states[: tiling.n_tiles * m]
+    by_tile = states.view(tiling.n_tiles + 1, m, *states.shape[1:])
+    return by_tile[tiling.tiles_read].flatten(0, 1)
+
+
+def _add_product(target: Tensor, a: Tensor, b: Tensor, rows: Tensor | None, factor: float, where: slice) -> None:
+    """target += factor * rows * (a b), for the matrices `where`."""
+    if rows is None:
+        target[where].baddbmm_(a[where], b[where], alpha=factor)
+    else:
+        target[where].addcmul_(a[where] @ b[where], rows[where], value=factor)
+
+
+def _to_tiles(x: Tensor, n_tiles: int, size: int) -> Tensor:
+    """[B, L, H, ...] as contiguous [tile B H, size, ...], the last tile padded with zeros."""
+    batch, length, n_heads, *rest = x.shape
+    if n_tiles == 1:
+        return x.transpose(1, 2).reshape(batch * n_heads, size, *rest)
+    if length < n_tiles * size:
+        x = functional.pad(x, (0, 0) * (1 + len(rest)) + (0, n_tiles * size - length))
+    tiles = x.reshape(batch, n_tiles, size, n_heads, *rest).transpose(0, 1).transpose(2, 3)
+    return tiles.reshape(n_tiles * batch * n_heads, size, *rest)
+
+
+def _from_tiles(x: Tensor, n_tiles: int, n_heads: int, length: int) -> Tensor:
+    """The reverse: [tile B H, size, ...] to [B, length, H, ...]."""
+    _, size, *rest = x.shape
+    tiles = x.view(n_tiles, -1, n_heads, size, *rest).transpose(2, 3).transpose(0, 1)
+    return tiles.reshape(-1, n_tiles * size, n_heads, *rest)[:, :length]
+
+
+def _unit_lower_inverse(links: Tensor) -> Tensor:
+    """(I + A)^-1 [M, w, w] for A the part of `links` below the diagonal; the rest is not read.
+
+    By substitution, never by a Neumann series: with repeated keys its terms grow like binomial coefficients.
+    """
+    w = links.shape[-1]
+    if w <= LARGEST_SOLVE:
+        identity = torch.eye(w, dtype=links.dtype, device=links.device).expand_as(links)
+        # X (I + A) = I: solving from the right reads row-major matrices as they lie and takes half the time.
+        X: Tensor = torch.linalg.solve_triangular(links, identity, upper=False, left=False, unitriangular=True)
+        return X
+    h = w // 2
+    first, second = _unit_lower_inverse(links[:, :h, :h]), _unit_lower_inverse(links[:, h:, h:])
+    inverse = torch.zeros_like(links)
+    inverse[:, :h, :h] = first
+    inverse[:, h:, h:] = second
+    inverse[:, h:, :h] = (second @ links[:, h:, :h] @ first).neg_()
+    return inverse
