@@ -5,6 +5,7 @@ import ctypes
 import functools
 import hashlib
 import importlib.metadata
+import os
 import platform
 import sys
 from collections.abc import Iterator
@@ -70,6 +71,7 @@ def reproducible(runtime: Runtime) -> Iterator[None]:
         raise ResourceError(
             f"device 'cuda' was asked for, but torch {torch.__version__} finds no GPU; use device 'cpu'"
         )
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     _keep_freed_memory()
     threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
