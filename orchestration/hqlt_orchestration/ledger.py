@@ -367,13 +367,10 @@ class Ledger:
             )
             for lease, step in steps.items():
                 tx.execute(_attempts.update().where(_is(_attempts, study, lease)).values(step=step))
-            cancelled = set(
-                tx.execute(
-                    sa.select(_replicas.c.number, _replicas.c.seed).where(
-                        _replicas.c.study == study, _replicas.c.cancelled, _replicas.c.state == "running"
-                    )
-                ).tuples()
+            asked = sa.select(_replicas.c.number, _replicas.c.seed).where(
+                _replicas.c.study == study, _replicas.c.cancelled, _replicas.c.state == "running"
             )
+            cancelled = {(row.number, row.seed) for row in tx.execute(asked)}
         return [lease for lease in steps if (lease.number, lease.seed) in cancelled]
 
     def drivers(self, study: str) -> list[DriverRow]:
@@ -633,9 +630,11 @@ class Ledger:
         states: tuple[State, ...] = ("complete", "stopped", "failed", "running", "waiting", "paused", "quarantined")
         with self.read() as tx:
             rows = tx.execute(
-                sa.select(_trials.c.state, sa.func.count()).where(_trials.c.study == study).group_by(_trials.c.state)
+                sa.select(_trials.c.state, sa.func.count().label("n"))
+                .where(_trials.c.study == study)
+                .group_by(_trials.c.state)
             )
-            by_state: dict[str, int] = dict(rows.tuples().all())
+            by_state = {row.state: row.n for row in rows}
         return {state: by_state.get(state, 0) for state in states}
 
     def add_rerun(
@@ -818,9 +817,9 @@ def _schema_lock(url: str, engine: sa.Engine) -> Iterator[None]:
 
 
 def _create_schema(url: str, engine: sa.Engine) -> None:
-    from hqlt_orchestration.sampler import open_optuna
+    from hqlt_orchestration.sampler import create_optuna_tables
 
-    open_optuna(url, create=True)  # first, because our version row says that all tables are there
+    create_optuna_tables(url)  # first, because our version row says that all tables are there
     _metadata.create_all(engine)
     with engine.connect() as connection, connection.begin():
         connection.execute(_schema.insert().values(version=SCHEMA_VERSION))

@@ -73,7 +73,7 @@ class Proposer:
         self._search = study.search
         self._domains = study.domains()
         self._distributions = {name: distribution(domain) for name, domain in self._domains.items()}
-        self._storage = _Holding(open_optuna(ledger.url, create=False))
+        self._storage = _Holding(open_optuna(ledger.url))
         self._optuna = optuna.create_study(
             storage=self._storage,
             study_name=study.name,
@@ -197,7 +197,7 @@ class Proposer:
         # Samplers keep references to finished trials only, so a running one may be completed in place.
         trial = self._storage.history[position]
         trial.state = state
-        trial.values = list(values) if complete and values is not None else None
+        trial.values = [float(value) for value in values] if complete and values is not None else None
         trial.datetime_complete = datetime.now()
 
     def known(self) -> dict[int, bool]:
@@ -226,22 +226,29 @@ class Proposer:
         return shares
 
 
-def open_optuna(url: str, *, create: bool) -> BaseStorage:
-    """Optuna's storage at `url`, cached in memory. With `create`, its tables are made and its version checked."""
-    sqlite = url.startswith("sqlite")
-    options: dict[str, Any] = {"connect_args": {"timeout": BUSY_TIMEOUT_S}} if sqlite else {"pool_pre_ping": True}
-    if create:
-        return RDBStorage(url, options)
-    storage = RDBStorage(url, options, skip_table_creation=True, skip_compatibility_check=True)
-    if sqlite:
+def open_optuna(url: str) -> BaseStorage:
+    """Optuna's storage at `url`, whose tables are there, cached in memory."""
+    storage = RDBStorage(url, _options(url), skip_table_creation=True, skip_compatibility_check=True)
+    if url.startswith("sqlite"):
         sa.event.listen(storage.engine, "connect", lambda connection, _record: configure_sqlite(connection))
     return get_storage(storage)
+
+
+def create_optuna_tables(url: str) -> None:
+    """Make Optuna's tables at `url`. Not safe against others who do the same: see `Ledger`."""
+    storage = RDBStorage(url, _options(url))
+    storage.remove_session()
+    storage.engine.dispose()
+
+
+def _options(url: str) -> dict[str, Any]:
+    return {"connect_args": {"timeout": BUSY_TIMEOUT_S}} if url.startswith("sqlite") else {"pool_pre_ping": True}
 
 
 def delete_from_optuna(url: str, name: str) -> None:
     """Remove a study's sampling history; nothing happens if there is none."""
     with contextlib.suppress(KeyError):
-        optuna.delete_study(study_name=name, storage=open_optuna(url, create=False))
+        optuna.delete_study(study_name=name, storage=open_optuna(url))
 
 
 def seed_of(study_seed: int, number: int, ask: int) -> int:

@@ -1,0 +1,219 @@
+"""What any database under the ledger must do."""
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+from hqlt_orchestration.executor import AttemptKey
+from hqlt_orchestration.ledger import DriverWatch, Ledger, NewTrial, Refused, StudyRow, driver_is_dead
+from hqlt_search_space.arch import Arch
+from hqlt_search_space.errors import UnknownNameError
+from hqlt_search_space.mixers import Attention
+from hqlt_search_space.recipe import Recipe
+from hqlt_search_space.tasks import Nothing
+from hqlt_search_space.trial import Config, Environment, ReplicaResult, Trial, TrialResult
+
+BUDGET = 6
+ENVIRONMENT = Environment(
+    python="3",
+    torch="2",
+    hqlt="0",
+    source_version=None,
+    platform="",
+    cpu="",
+    instruction_set="",
+    n_threads=1,
+    device="cpu",
+)
+
+
+def config(width: int = 8) -> Config:
+    return Config(
+        arch=Arch(d_model=width, mlp_inner=8, layers=(Attention(n_heads=2),)), recipe=Recipe(steps=1), task=Nothing()
+    )
+
+
+def new_trial(width: int = 8, seeds: tuple[int, ...] = (0,), cell: str | None = None) -> NewTrial:
+    return NewTrial(
+        "search" if cell is None else "ablate", config(width), {"d_model": width}, {"parameters": 1.0}, seeds, cell
+    )
+
+
+def outcome(seed: int = 0, loss: float = 1.0, status: str = "complete") -> TrialResult:
+    replica = ReplicaResult.model_validate({"seed": seed, "status": status, "step": 5, "metrics": {"loss": loss}})
+    return TrialResult(trial=Trial(config=config(), seeds=(seed,)), replicas=(replica,), environment=ENVIRONMENT)
+
+
+@pytest.fixture
+def ledger(url: str) -> Iterator[Ledger]:
+    ledger = Ledger(url)
+    ledger.add_study(StudyRow("s", "{}", "", "h", BUDGET, "open", None, None, 0.0))
+    yield ledger
+    ledger.close()
+
+
+def claimed(ledger: Ledger, width: int = 8, seeds: tuple[int, ...] = (0,)) -> AttemptKey:
+    found = ledger.claim("s", new_trial(width, seeds), ledger.enter("s", "ray"))
+    assert not isinstance(found, Refused)
+    assert found[1] is not None
+    return found[1]
+
+
+def test_a_result_is_committed_once(ledger: Ledger) -> None:
+    key = claimed(ledger)
+    assert ledger.commit("s", key, outcome(loss=1.0)) == "complete"
+    assert ledger.commit("s", key, outcome(loss=2.0)) is None
+    (replica,) = ledger.replicas("s")
+    assert replica.result is not None
+    assert replica.result.metrics == {"loss": 1.0}
+
+
+def test_an_attempt_that_was_taken_back_cannot_commit(ledger: Ledger) -> None:
+    first = claimed(ledger)
+    assert ledger.release("s", first, "crashed") == "waiting"
+    second = ledger.lease_next("s", ledger.enter("s", "ray"), "search")
+    assert second == AttemptKey(0, 0, 2)
+    assert ledger.commit("s", first, outcome(loss=1.0)) is None
+    assert ledger.commit("s", second, outcome(loss=2.0)) == "complete"
+
+
+def test_the_second_crash_quarantines_and_a_pause_does_not_count(ledger: Ledger) -> None:
+    key: AttemptKey | None = claimed(ledger)
+    driver = ledger.enter("s", "ray")
+    endings = ("paused", "crashed", "paused", "crashed")
+    states = []
+    for how in endings:
+        assert key is not None
+        states.append(ledger.release("s", key, how))
+        key = ledger.lease_next("s", driver, "search")
+    assert states == ["paused", "waiting", "paused", "quarantined"]
+    assert key is None
+    assert ledger.counts("s")["quarantined"] == 1
+
+
+def test_many_drivers_neither_overshoot_the_budget_nor_share_a_trial(url: str, ledger: Ledger) -> None:
+    barrier = threading.Barrier(4)
+
+    def drive(_: int) -> list[AttemptKey]:
+        mine = Ledger(url)
+        driver = mine.enter("s", "ray")
+        barrier.wait()
+        found = [mine.claim("s", new_trial(8 * width), driver) for width in range(1, 10)]
+        mine.close()
+        return [claim[1] for claim in found if not isinstance(claim, Refused) and claim[1] is not None]
+
+    with ThreadPoolExecutor(4) as pool:
+        keys = [key for keys in pool.map(drive, range(4)) for key in keys]
+    assert sorted(key.number for key in keys) == list(range(BUDGET))
+    trials = ledger.trials("s")
+    assert len({trial.config.config_id for trial in trials}) == BUDGET
+
+
+def test_many_drivers_never_lease_the_same_replica(url: str, ledger: Ledger) -> None:
+    ledger.claim("s", new_trial(seeds=tuple(range(24))), None)
+    barrier = threading.Barrier(4)
+
+    def drive(_: int) -> list[AttemptKey]:
+        mine = Ledger(url)
+        driver = mine.enter("s", "ray")
+        barrier.wait()
+        found = []
+        while (key := mine.lease_next("s", driver, "search")) is not None:
+            found.append(key)
+        mine.close()
+        return found
+
+    with ThreadPoolExecutor(4) as pool:
+        keys = [key for keys in pool.map(drive, range(4)) for key in keys]
+    assert sorted(key.seed for key in keys) == list(range(24))
+
+
+def test_six_processes_may_open_a_new_database_at_once(url: str) -> None:
+    with ThreadPoolExecutor(6) as pool:
+        for opened in list(pool.map(Ledger, [url] * 6)):
+            assert opened.studies() == []
+            opened.close()
+
+
+def test_a_dead_drivers_trials_are_taken_over_and_a_living_ones_are_not(ledger: Ledger) -> None:
+    claimed(ledger, 8)
+    (driver,) = ledger.drivers("s")
+    assert driver_is_dead(driver) is False
+    assert driver_is_dead(replace(driver, process_start=driver.process_start - 9)) is True
+    assert driver_is_dead(replace(driver, boot_id="another")) is True
+    assert ledger.forget_drivers("s", []) == []
+    assert ledger.forget_drivers("s", [driver]) == [(AttemptKey(0, 0, 1), "waiting")]
+    assert ledger.attempts("s")[0].state == "lost"
+
+
+def test_a_driver_that_has_beaten_since_keeps_its_trials(ledger: Ledger) -> None:
+    key = claimed(ledger)
+    (driver,) = ledger.drivers("s")
+    ledger.beat("s", driver.id, {key: 3})
+    assert ledger.forget_drivers("s", [driver]) == []
+    assert ledger.attempts("s")[0].step == 3
+
+
+def test_a_driver_elsewhere_is_judged_by_its_beats_and_not_by_any_clock(ledger: Ledger) -> None:
+    claimed(ledger)
+    (driver,) = ledger.drivers("s")
+    elsewhere = replace(driver, host="another-host", beat_at=0.0)
+    now = 0.0
+    watch = DriverWatch(stale_after_s=60, clock=lambda: now)
+    for now, beats, dead in ((0.0, 1, False), (59.0, 1, False), (61.0, 2, False), (120.0, 2, False), (122.0, 2, True)):
+        found = watch.dead([replace(elsewhere, beats=beats)])
+        assert bool(found) is dead, f"at {now} s with {beats} beats"
+
+
+def test_a_trial_is_the_sum_of_its_replicas_but_not_of_its_replication(ledger: Ledger) -> None:
+    key = claimed(ledger, seeds=(0, 1))
+    assert ledger.commit("s", key, outcome()) == "waiting"
+    second = ledger.lease_next("s", ledger.enter("s", "ray"), "search")
+    assert second is not None
+    assert ledger.commit("s", second, outcome(1, status="failed")) == "failed"
+    ledger.add_replicas("s", 0, "replicate", (5, 1, 6))
+    assert [(r.seed, r.phase) for r in ledger.replicas("s")] == [
+        *((0, "search"), (1, "search"), (5, "replicate"), (6, "replicate"))
+    ]
+    assert ledger.trial("s", 0).state == "failed"
+    assert (ledger.n_unfinished("s", "search"), ledger.n_unfinished("s", "replicate")) == (0, 2)
+
+
+def test_a_cancelled_trial_ends_at_once_unless_it_runs(ledger: Ledger) -> None:
+    key = claimed(ledger, seeds=(0, 1))
+    assert ledger.cancel("s", 0) == 2
+    assert [replica.state for replica in ledger.replicas("s")] == ["running", "stopped"]
+    (driver,) = ledger.drivers("s")
+    assert ledger.beat("s", driver.id, {key: 1}) == [key]
+    ledger.end_cancelled("s", key)
+    assert ledger.trial("s", 0).state == "stopped"
+    assert ledger.cancel("s", 0) == 0
+
+
+def test_a_trial_is_found_by_its_id_a_prefix_or_its_number(ledger: Ledger) -> None:
+    claimed(ledger, 8)
+    claimed(ledger, 16)
+    ids = [trial.config.config_id for trial in ledger.trials("s")]
+    assert ledger.find_trial(ids[1]) == ledger.find_trial(ids[1][:6]) == ledger.find_trial("s/1") == ("s", 1)
+    for wrong in ("", "zzzz", "s/9", "s/x", "t/0", "../0"):
+        with pytest.raises(UnknownNameError):
+            ledger.find_trial(wrong)
+
+
+def test_rungs_keep_one_reading_of_each_replica(ledger: Ledger) -> None:
+    claimed(ledger, 8)
+    claimed(ledger, 16)
+    ledger.record_rung("s", 0, 0, 10, {"loss": 3.0})
+    ledger.record_rung("s", 0, 0, 10, {"loss": 3.0})
+    table = ledger.record_rung("s", 1, 0, 10, {"loss": 2.0})
+    assert table == {(0, 0): {"loss": 3.0}, (1, 0): {"loss": 2.0}}
+
+
+def test_a_deleted_study_leaves_nothing(ledger: Ledger) -> None:
+    claimed(ledger)
+    ledger.record_rung("s", 0, 0, 10, {"loss": 3.0})
+    ledger.delete_study("s")
+    assert (ledger.studies(), ledger.trials("s"), ledger.replicas("s"), ledger.attempts("s")) == ([], [], [], [])
+    assert ledger.drivers("s") == []
