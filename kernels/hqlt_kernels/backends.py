@@ -8,6 +8,7 @@ A choice is a value with a reason: it is shown by `hqlt doctor` and stored with 
 and cannot run is an error, never a silent change to another.
 """
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -37,9 +38,15 @@ class Choice:
 
 
 def choose_backend(
-    operator: Operator, *, device: torch.device | str, dtype: torch.dtype, head_dim: int, forced: Forced = "auto"
+    operator: Operator,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    head_dim: int,
+    value_dim: int | None = None,
+    forced: Forced = "auto",
 ) -> Choice:
-    """The implementation that runs `operator` on tensors of this device, dtype and key width.
+    """The implementation that runs `operator` on tensors of this device, dtype, key width and value width (the same).
 
     `forced="auto"` takes Triton where it can run and the chunked form elsewhere.
 
@@ -49,11 +56,11 @@ def choose_backend(
     """
     if operator not in OPERATORS:
         raise ValueError(f"no operator {operator!r}; there is {', '.join(OPERATORS)}")
-    device_type = torch.device(device).type
-    here = f"{device_type}, {str(dtype).removeprefix('torch.')}, head_dim {head_dim}"
+    device = torch.device(device)
+    here = f"{device.type}, {str(dtype).removeprefix('torch.')}, head_dim {head_dim}"
     if forced in ("definition", "chunked"):
         return Choice(operator, forced, f"forced; {here}")
-    refusal = _why_not_triton(operator, device_type, dtype, head_dim)
+    refusal = _why_not_triton(operator, device, dtype, head_dim, head_dim if value_dim is None else value_dim)
     if forced == "triton":
         if refusal is not None:
             raise BackendUnavailableError(
@@ -64,7 +71,7 @@ def choose_backend(
         raise ValueError(f"no backend {forced!r}; there is auto, {', '.join(BACKENDS)}")
     if refusal is None:
         return Choice(operator, "triton", here)
-    return Choice(operator, "chunked", here if device_type == "cpu" else f"{here}; not triton: {refusal}")
+    return Choice(operator, "chunked", here if device.type == "cpu" else f"{here}; not triton: {refusal}")
 
 
 def survey() -> list[Choice]:
@@ -73,8 +80,26 @@ def survey() -> list[Choice]:
     return [choose_backend(operator, device=device, dtype=dtype, head_dim=64) for operator in OPERATORS]
 
 
-def _why_not_triton(operator: Operator, device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why no Triton kernel can run `operator` here; None if one can. Triton kernels announce themselves here."""
-    if device_type != "cuda":
-        return f"it needs a CUDA device, not {device_type}"
-    return f"there is no Triton kernel for {operator}"
+# Head dims that tiles of the Triton kernels are made for; rotary halves of 16 columns are the narrowest a dot takes.
+_TRITON_HEAD_DIMS = {"window_attention": (32, 64, 128), "blend": (32, 64, 128)}
+_TRITON_RULE_HEAD_DIMS = (16, 32, 64, 128)
+
+
+def _why_not_triton(
+    operator: Operator, device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int
+) -> str | None:
+    """Why no Triton kernel can run `operator` here; None if one can."""
+    if device.type != "cuda":
+        return f"it needs a CUDA device, not {device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    capability = torch.cuda.get_device_capability(device)
+    if capability[0] != 9:
+        return f"the kernels are written and tested for Hopper (compute capability 9), not {capability[0]}.{capability[1]}"
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"there is no kernel for {str(dtype).removeprefix('torch.')}"
+    for width in (head_dim, value_dim):
+        supported = _TRITON_HEAD_DIMS.get(operator, _TRITON_RULE_HEAD_DIMS)
+        if width not in supported:
+            return f"head dims are {', '.join(map(str, supported))}, not {width}"
+    return None

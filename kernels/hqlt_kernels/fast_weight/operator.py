@@ -61,14 +61,18 @@ def fast_weight(
         columns = v.shape[-1] + (normaliser == "time")
         zeros = q.new_zeros(q.shape[0], *q.shape[2:], columns, dtype=dtype)
         return v[:, :, 0] if v.dim() == 5 else v, zeros if initial_state is None else initial_state.to(dtype)
-    chosen = choose_backend(rule, device=q.device, dtype=q.dtype, head_dim=q.shape[-1], forced=backend).backend
+    chosen = choose_backend(
+        rule, device=q.device, dtype=q.dtype, head_dim=q.shape[-1], value_dim=v.shape[-1], forced=backend
+    ).backend
     match chosen:
         case "definition":
             recurrence = definition.fast_weight
         case "chunked":
             recurrence = chunked.fast_weight
         case "triton":
-            raise AssertionError("choose_backend announces no Triton kernel")
+            from hqlt_kernels.fast_weight import triton_operator  # triton is there only where it can run
+
+            recurrence = triton_operator.fast_weight
     if normaliser == "none":
         return recurrence(
             q,

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from hqlt_kernels.backends import Forced, choose_backend
 from hqlt_kernels.rotary import rotate
-from hqlt_kernels.window_attention import definition
+from hqlt_kernels.window_attention import chunked, definition
 
 
 def window_attention(
@@ -39,26 +39,33 @@ def window_attention(
     if window is not None and n_keys > n_queries + window - 1:  # older keys are in nobody's window
         stale = n_keys - (n_queries + window - 1)
         k, v, position = k[:, stale:], v[:, stale:], position + stale
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    chosen = choose_backend(
+        "window_attention",
+        device=q.device,
+        dtype=q.dtype,
+        head_dim=q.shape[-1],
+        value_dim=v.shape[-1],
+        forced=backend,
+    ).backend
+    if chosen == "triton":
+        from hqlt_kernels.window_attention import triton_operator  # triton is there only where it can run
+
+        return triton_operator.window_attention(
+            q,
+            k,
+            v,
+            window=window,
+            rope_base=rope_base,
+            chunk_aligned=chunk_aligned,
+            position=position,
+            scale=scale,
+        )
     if rope_base is not None:
         q = rotate(q, rope_base, position + k.shape[1] - n_queries)
         k = rotate(k, rope_base, position)
-    chosen = choose_backend(
-        "window_attention", device=q.device, dtype=q.dtype, head_dim=q.shape[-1], forced=backend
-    ).backend
-    match chosen:
-        case "definition" | "chunked":
-            attend = definition.window_attention
-        case "triton":
-            raise AssertionError("choose_backend announces no Triton kernel")
-    return attend(
-        q,
-        k,
-        v,
-        window=window,
-        chunk_aligned=chunk_aligned,
-        position=position,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
-    )
+    attend = chunked.window_attention if chosen == "chunked" else definition.window_attention
+    return attend(q, k, v, window=window, chunk_aligned=chunk_aligned, position=position, scale=scale)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, chunk_aligned: bool) -> None:

@@ -117,7 +117,7 @@ def forward_kernel(
     norm = tl.zeros((BT,), tl.float32)
     acc = tl.zeros((BT, V), tl.float32)
     if N_TILES > 0:
-        for t in tl.static_range(N_TILES):
+        for t in range(N_TILES):
             m, norm, acc = _attend(
                 q1, q2, m, norm, acc, k, v, first, query, c - N_TILES + 1 + t, n_keys, i, t * BT, cos, sin,
                 scale, window, phase, H, D, V, BT, ALIGNED, ROPE, PREC,
@@ -181,7 +181,7 @@ def query_gradient_kernel(
     acc1 = tl.zeros((BT, D // 2), tl.float32)
     acc2 = tl.zeros((BT, D // 2), tl.float32)
     if N_TILES > 0:
-        for t in tl.static_range(N_TILES):
+        for t in range(N_TILES):
             acc1, acc2 = _query_step(
                 q1, q2, dob, top, inner, acc1, acc2, k, v, first, query, c - N_TILES + 1 + t, n_keys, i, t * BT,
                 cos, sin, scale, window, phase, H, D, V, BT, ALIGNED, ROPE, PREC,
@@ -244,7 +244,7 @@ def key_value_gradient_kernel(
     acc2 = tl.zeros((BT, D // 2), tl.float32)
     accv = tl.zeros((BT, V), tl.float32)
     if N_TILES > 0:
-        for t in tl.static_range(N_TILES):
+        for t in range(N_TILES):
             acc1, acc2, accv = _key_step(
                 k1, k2, vb, acc1, acc2, accv, q, do, lse + bh * n_queries, delta + bh * n_queries, first, key, c + t,
                 n_queries, offset, i, t * BT, cos, sin, scale, window, phase, H, D, V, BT, ALIGNED, ROPE, PREC,
