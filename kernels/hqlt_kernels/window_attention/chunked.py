@@ -1,11 +1,9 @@
 """Window attention by blocks of queries: each block meets only the keys that one of its queries may see.
 
 One block is three operations forward (scores with the mask as their bias, softmax, product with the values) and five
-backward. The work is T (window + block) instead of T^2, half of T^2 for a full causal window, and no mask of T^2
-entries exists.
+backward. The work is T (window + block) instead of T^2, or half of T^2 where all keys are seen.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +14,8 @@ from torch.autograd.function import once_differentiable
 from hqlt_kernels.functions import fold_mapped_axis, quick_to_apply, unfold_mapped_axis
 from hqlt_kernels.precision import compute_dtype
 
-LARGEST_SAVED = 2**24  # attention weights (64 MiB in float32); more are computed again in the backward
+BLOCK = 40  # queries; 24 to 48 are within 5 % of each other on one CPU thread (README.md)
+LARGEST_SAVED = 2**24  # attention weights, 64 MiB in float32: what is more is computed again in the backward
 
 
 def window_attention(
@@ -32,7 +31,7 @@ def window_attention(
 
 @dataclass(frozen=True)
 class View:
-    """Which keys each query sees. Queries and keys are counted from the first key."""
+    """Which keys each query sees. The queries belong to the last keys."""
 
     n_queries: int
     n_keys: int
@@ -40,69 +39,49 @@ class View:
     chunk_aligned: bool
     position: int
 
-    def blocks(self) -> Iterator["Block"]:
-        """The queries in blocks, with the span of keys that a block needs."""
-        first_query = self.n_keys - self.n_queries
-        size = self._block_size()
-        query = first_query
-        while query < self.n_keys:
-            end = min(query + size, self.n_keys)
-            if self.chunk_aligned:  # blocks end where chunks do
-                end = min(end - (self.position + end) % size, self.n_keys) if end < self.n_keys else end
-            yield Block(query - first_query, end - first_query, self._first_key(query), end)
-            query = end
+    def blocks(self) -> list[tuple[slice, slice]]:
+        """Blocks of queries of about equal size, each with the span of keys that it needs."""
+        n_blocks = max(1, round(self.n_queries / BLOCK))
+        size = -(-self.n_queries // n_blocks)
+        before = self.n_keys - self.n_queries
+        return [
+            (slice(start, end), slice(max(0, self._oldest(before + start)), before + end))
+            for start in range(0, self.n_queries, size)
+            for end in (min(start + size, self.n_queries),)
+        ]
 
-    def _block_size(self) -> int:
-        if self.window is None or self.window >= self.n_keys: 
-            return BLOCK
-        if self.chunk_aligned:
-            return self.window * max(1, BLOCK // self.window)
-        return max(BLOCK, self.window//2)
+    def hidden(self, queries: slice, keys: slice, device: torch.device) -> Tensor:
+        """[queries, keys]: whether the key is out of the query's sight."""
+        before = self.n_keys - self.n_queries
+        query = torch.arange(before + queries.start, before + queries.stop, device=device).unsqueeze(1)
+        key = torch.arange(keys.start, keys.stop, device=device)
+        later = key > query
+        return later if self.window is None else later | (key < self._oldest(query))
 
-    def _first_key(self, query: int) -> int:
+    def _oldest(self, query: Any) -> Any:
+        """The first key that the query at this index, or these indices, would see if keys began early enough."""
         if self.window is None:
             return 0
         if self.chunk_aligned:
-            return max(0, query - (self.position + query) % self.window)
-        return max(0, query - self.window + 1)
-
-    def bias(self, block: "Block", like: Tensor) -> Tensor:
-        """0 where a query of the block sees a key, else -inf: [queries, keys]."""
-        query = torch.arange(block.last_key - (block.end - block.start), block.last_key, device=like.device)[:, None]
-        key = torch.arange(block.first_key, block.last_key, device=like.device)
-        hidden = key > query
-        if self.window is not None:
-            oldest = query - (self.position + query) % self.window if self.chunk_aligned else query - self.window + 1
-            hidden |= key < oldest
-        return like.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
-
-BLOCK = 64
-
-@dataclass(frozen=True)
-class Block:
-    start: int
-    end: int
-    first_key: int
-    last_key: int
+            return query - (self.position + query) % self.window
+        return query - self.window + 1
 
 
 @quick_to_apply
 class _Attention(torch.autograd.Function):
-    """q, k, v, scale, view -> o, then what the backward needs; inside, [B H, T, width]."""
+    """q, k, v, scale, view -> o, then what the backward needs. Inside, [B H, T, width]."""
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, view: View) -> tuple[Tensor, ...]:
-        batch, n_queries, n_heads, _ = q.shape
+        n_heads = q.shape[2]
         Q, K, V = _by_head(q), _by_head(k), _by_head(v)
-        answers, weights = [], []
-        for block in view.blocks():
-            p = _weights(Q, K, scale, view, block)
-            answers.append(p @ V[:, block.first_key : block.last_key])
-            weights.append(p)
+        weights, answers = [], []
+        for queries, keys in view.blocks():
+            weights.append(_weights(Q, K, scale, view, queries, keys))
+            answers.append(weights[-1] @ V[:, keys])
         o = answers[0] if len(answers) == 1 else torch.cat(answers, 1)
-        if sum(p.numel() for p in weights) > LARGEST_SAVED:
-            weights = []
-        return o.view(batch, n_heads, n_queries, -1).transpose(1, 2), Q, K, V, *weights
+        saved = weights if sum(w.numel() for w in weights) <= LARGEST_SAVED else []
+        return _by_token(o, n_heads), Q, K, V, *saved
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -117,25 +96,22 @@ class _Attention(torch.autograd.Function):
         if grad_o is None:
             return None, None, None, None, None
         Q, K, V, *weights = ctx.saved_tensors
+        view: View = ctx.view
         n_heads = grad_o.shape[2]
         grad_answers = _by_head(grad_o)
-        blocks = list(ctx.view.blocks())
-        grad_q = []
-        grad_k = grad_v = None
-        if len(blocks)>1: grad_k, grad_v = torch.zeros_like(K), torch.zeros_like(V)
-        for n, block in enumerate(blocks):
-            queries, keys = slice(block.start, block.end), slice(block.first_key, block.last_key)
-            p = weights[n] if weights else _weights(Q, K, ctx.scale, ctx.view, block)
-            grad_p = grad_answers[:, queries] @ V[:, keys].mT
-            grad_scores = torch._softmax_backward_data(grad_p, p, -1, p.dtype).mul_(ctx.scale)
-            grad_q.append(grad_scores @ K[:, keys])
-            gv, gk = p.mT @ grad_answers[:, queries], grad_scores.mT @ Q[:, queries]
-            if grad_k is None: grad_k,grad_v=gk,gv
-            else:
-                grad_v[:, keys] += gv
-                grad_k[:, keys] += gk
-        gq = grad_q[0] if len(grad_q)==1 else torch.cat(grad_q, 1)
-        return _by_token(gq, n_heads), _by_token(grad_k, n_heads), _by_token(grad_v, n_heads), None, None
+        blocks = view.blocks()
+        grads_q, grads_k, grads_v = [], [], []
+        for n, (queries, keys) in enumerate(blocks):
+            w = weights[n] if weights else _weights(Q, K, ctx.scale, view, queries, keys)
+            grad_w = grad_answers[:, queries] @ V[:, keys].mT
+            grad_scores = torch.ops.aten._softmax_backward_data(grad_w, w, -1, w.dtype).mul_(ctx.scale)
+            grads_q.append(grad_scores @ K[:, keys])
+            grads_k.append(grad_scores.mT @ Q[:, queries])
+            grads_v.append(w.mT @ grad_answers[:, queries])
+        spans = [keys for _, keys in blocks]
+        grad_q = grads_q[0] if len(blocks) == 1 else torch.cat(grads_q, 1)
+        grad_k, grad_v = _sum_of_spans(grads_k, spans, K), _sum_of_spans(grads_v, spans, V)
+        return _by_token(grad_q, n_heads), _by_token(grad_k, n_heads), _by_token(grad_v, n_heads), None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -144,10 +120,22 @@ class _Attention(torch.autograd.Function):
         return unfold_mapped_axis(info.batch_size, o)
 
 
-def _weights(Q: Tensor, K: Tensor, scale: float, view: View, block: "Block") -> Tensor:
-    keys = K[:, block.first_key : block.last_key]
-    scores = torch.baddbmm(view.bias(block, Q), Q[:, block.start : block.end], keys.mT, alpha=scale)
-    return scores.softmax(-1)
+def _weights(Q: Tensor, K: Tensor, scale: float, view: View, queries: slice, keys: slice) -> Tensor:
+    hidden = view.hidden(queries, keys, Q.device)
+    mask = Q.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+    return torch.baddbmm(mask, Q[:, queries], K[:, keys].mT, alpha=scale).softmax(-1)
+
+
+def _sum_of_spans(parts: list[Tensor], spans: list[slice], like: Tensor) -> Tensor:
+    """Parts that lie at `spans` of axis 1, added up in the shape of `like`."""
+    if parts[0].shape == like.shape:
+        total = parts.pop(0)
+        spans = spans[1:]
+    else:
+        total = torch.zeros_like(like)
+    for part, span in zip(parts, spans, strict=True):
+        total[:, span] += part
+    return total
 
 
 def _by_head(x: Tensor) -> Tensor:
@@ -157,4 +145,5 @@ def _by_head(x: Tensor) -> Tensor:
 
 
 def _by_token(x: Tensor, n_heads: int) -> Tensor:
+    """The reverse, as a view."""
     return x.view(-1, n_heads, *x.shape[1:]).transpose(1, 2)
