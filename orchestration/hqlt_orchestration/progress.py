@@ -83,6 +83,8 @@ class ProgressView:
     def _is_news(self, standing: Standing) -> bool:
         if self._shown is None or standing.phase != self._shown.phase:
             return True
+        if standing.done == standing.total > self._shown.done:
+            return True
         elapsed = time.monotonic() - self._shown_at
         return elapsed > PLAIN_EVERY_S or (standing.done > self._shown.done and elapsed > 1.0)
 

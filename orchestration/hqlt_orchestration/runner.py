@@ -415,8 +415,9 @@ class Driver:
             self._view.say(f"trial {key.number}, seed {key.seed}: finished, but another driver had taken it over")
             return
         if result.status == "failed":
-            left = self._n_total() - self._n_done()
-            self._view.say(f"trial {key.number}: {result.message or result.reason}: marked failed, {left} go on")
+            left = self._n_total() - self._n_done() - 1
+            goes_on = "1 trial goes on" if left == 1 else f"{left} trials go on"
+            self._view.say(f"trial {key.number}: {result.message or result.reason}: marked failed, {goes_on}")
         self._put_metrics(key, result.step, final_metrics(result), None)
         if self._phase == "replicate" or state in FINISHED:
             self._trial_ended(running.trial, state, outcome)

@@ -26,7 +26,7 @@ def make_study() -> MakeStudy:
     """A search over small models; keyword arguments replace keys of the study, `sampler` and `space` those within."""
 
     def make(sampler: str = "nsga2", space: dict[str, Any] | None = None, trials: int | None = 8, **keys: Any) -> Study:
-        population = {"population": 4} if sampler.startswith("nsga") else {}
+        population = {"population": min(4, trials or 4)} if sampler.startswith("nsga") else {}
         search = {"sampler": {"kind": sampler, "seed": 3} | population, "space": space or SPACE}
         return Study.model_validate(
             {

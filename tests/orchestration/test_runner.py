@@ -1,0 +1,224 @@
+"""The study loop, with real training where it matters, inline so that one process sees it all."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hqlt_orchestration.executor import Crashed, Event, Executor, Finished, InlineExecutor, Job, Measured
+from hqlt_orchestration.ledger import Ledger, StudyRow
+from hqlt_orchestration.progress import ProgressView
+from hqlt_orchestration.results import study_results
+from hqlt_orchestration.runner import Driver, Ending, Interrupts
+from hqlt_orchestration.sampler import Proposer
+from hqlt_orchestration.store import Store
+from hqlt_search_space.study import Study
+from rich.console import Console
+
+MakeStudy = Callable[..., Study]
+
+
+class Watched(InlineExecutor):
+    """An inline executor that shows every event to the test, which may change it."""
+
+    def __init__(self, see: Callable[[Event], Event]) -> None:
+        super().__init__(cpus=1, gpus=0)
+        self._see = see
+        self.submitted: list[Job] = []
+
+    def submit(self, job: Job) -> None:
+        self.submitted.append(job)
+        super().submit(job)
+
+    def poll(self, timeout_s: float) -> list[Event]:
+        return [self._see(event) for event in super().poll(timeout_s)]
+
+
+def drive(
+    study: Study,
+    store: Store,
+    executor: Executor,
+    interrupts: Interrupts | None = None,
+    output: StringIO | None = None,
+) -> Ending:
+    """What `hqlt study run` does, without MLflow."""
+    with opened(store) as ledger:
+        row = StudyRow(
+            study.name, study.canonical_json(), "", study.space_hash, study.n_trials, "open", None, None, 0.0
+        )
+        ledger.add_study(row)
+        with ProgressView(study.name, Console(file=output or StringIO())) as view:
+            return Driver(
+                study,
+                store=store,
+                ledger=ledger,
+                executor=lambda: executor,
+                proposer=Proposer(study, ledger) if study.search is not None else None,
+                spool=None,
+                view=view,
+                interrupts=interrupts or Interrupts(),
+            ).run()
+
+
+@contextmanager
+def opened(store: Store) -> Iterator[Ledger]:
+    ledger = store.open()
+    try:
+        yield ledger
+    finally:
+        ledger.close()
+
+
+def unchanged(event: Event) -> Event:
+    return event
+
+
+def summary(store: Store) -> list[tuple[Any, ...]]:
+    """What must not depend on interruptions: configs in order, and their results to the bit."""
+    with opened(store) as ledger:
+        return [
+            (
+                row.number,
+                row.config.config_id,
+                row.state,
+                [
+                    (r.seed, r.phase, r.state, r.result and (r.result.metrics, r.result.weights_sha256, r.result.curve))
+                    for r in ledger.replicas("small", row.number)
+                ],
+            )
+            for row in ledger.trials("small")
+        ]
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe", "nsga2"])
+def test_a_study_interrupted_everywhere_ends_like_an_unbroken_one(
+    sampler: str, make_training: MakeStudy, store: Store, tmp_path: Path
+) -> None:
+    study = make_training(trials=5, sampler=sampler)
+    assert drive(study, store, Watched(unchanged)) == "complete"
+    broken = Store(tmp_path / "broken")
+    finished: list[int] = []
+    for seen in range(1, 60, 7):
+        interrupts = Interrupts()
+        count = 0
+
+        def see(event: Event, interrupts: Interrupts = interrupts, after: int = seen) -> Event:
+            nonlocal count
+            count += 1
+            interrupts.asked |= count >= after
+            if isinstance(event, Finished):
+                finished.append(event.key.number)
+            return event
+
+        if drive(study, broken, Watched(see), interrupts) == "complete":
+            break
+    assert summary(broken) == summary(store)
+    assert sorted(finished) == [0, 1, 2, 3, 4], "a finished trial was repeated"
+
+
+def test_a_crashed_attempt_is_tried_again_and_a_config_that_always_crashes_is_quarantined(
+    make_study: MakeStudy, store: Store
+) -> None:
+    def see(event: Event) -> Event:
+        dies = event.key.number == 1 or (event.key.number == 2 and event.key.attempt == 1)
+        return Crashed(event.key, "its worker process died") if isinstance(event, Finished) and dies else event
+
+    output = StringIO()
+    executor = Watched(see)
+    assert drive(make_study(trials=4), store, executor, output=output) == "complete"
+    with opened(store) as ledger:
+        assert ledger.counts("small") | {"complete": 3, "quarantined": 1} == ledger.counts("small")
+        attempts = [(a.number, a.attempt, a.state) for a in ledger.attempts("small")]
+    assert [a for a in attempts if a[0] in (1, 2)] == [
+        *((1, 1, "crashed"), (1, 2, "crashed"), (2, 1, "crashed"), (2, 2, "complete"))
+    ]
+    assert "that was its last try: quarantined" in output.getvalue()
+
+
+def test_a_failed_trial_is_told_with_its_reason_and_the_study_goes_on(make_study: MakeStudy, store: Store) -> None:
+    def see(event: Event) -> Event:
+        if isinstance(event, Finished) and event.key.number == 0:
+            failed = {"status": "failed", "reason": "out_of_memory", "message": "out of memory at step 0 (batch 32)"}
+            replicas = tuple(replica.model_copy(update=failed) for replica in event.result.replicas)
+            return replace(event, result=event.result.model_copy(update={"replicas": replicas}))
+        return event
+
+    output = StringIO()
+    study = make_study(trials=3)
+    assert drive(study, store, Watched(see), output=output) == "complete"
+    assert "trial 0: out of memory at step 0 (batch 32): marked failed, 2 trials go on" in output.getvalue()
+    with opened(store) as ledger:
+        history = Proposer(study, ledger)._storage.look()
+        assert [trial.state.name for trial in history] == ["FAIL", "COMPLETE", "COMPLETE"]
+        assert study_results(ledger, "small").trials[0].objectives == {}
+
+
+def test_the_front_is_run_again_over_fresh_seeds(make_training: MakeStudy, store: Store) -> None:
+    study = make_training(steps=4, trials=3, replication={"seeds": [7, 8]})
+    executor = Watched(unchanged)
+    assert drive(study, store, executor) == "complete"
+    with opened(store) as ledger:
+        records = study_results(ledger, "small").trials
+    replicated = [record for record in records if record.replication]
+    assert replicated
+    assert all([replica.seed for replica in record.replication] == [7, 8] for record in replicated)
+    assert all(record.replicas[0].seed == 0 for record in records)
+    assert len(executor.submitted) == 3 + 2 * len(replicated)
+
+
+def test_rungs_stop_trials_and_a_stopped_trial_has_no_objectives(make_training: MakeStudy, store: Store) -> None:
+    stopping = {"rungs": [2, 4], "eta": 4, "min_competitors": 2}
+    study = make_training(steps=8, trials=6, early_stopping=stopping, objectives={"validation_loss_nats": "minimize"})
+    assert drive(study, store, Watched(unchanged)) == "complete"
+    with opened(store) as ledger:
+        records = study_results(ledger, "small").trials
+    stopped = [record for record in records if record.state == "stopped"]
+    assert stopped
+    assert all(record.replicas[0].step in (2, 4) and not record.objectives for record in stopped)
+    assert any(record.state == "complete" for record in records)
+
+
+def test_an_ablation_runs_every_cell_with_every_seed(make_study: MakeStudy, store: Store) -> None:
+    ablation = {"baseline": {"rule": "delta"}, "vary": {"mixing": ["sum"], "window": [4, 8]}, "seeds": [0, 1]}
+    study = make_study(search=None, budget={}, ablation=ablation)
+    assert drive(study, store, Watched(unchanged)) == "complete"
+    with opened(store) as ledger:
+        records = study_results(ledger, "small").trials
+    assert [record.cell for record in records] == ["baseline", "mixing=sum", "window=4", "window=8"]
+    assert all([replica.seed for replica in record.replicas] == [0, 1] for record in records)
+
+
+def test_a_trial_cancelled_while_it_runs_ends_without_a_result(
+    make_training: MakeStudy, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hqlt_orchestration.runner.BEAT_S", 0.0)
+    study = make_training(steps=5000, trials=2)
+
+    def see(event: Event) -> Event:
+        if isinstance(event, Measured):
+            with opened(store) as ledger:
+                ledger.cancel("small", event.key.number)
+        return event
+
+    assert drive(study, store, Watched(see)) == "complete"
+    with opened(store) as ledger:
+        assert ledger.counts("small")["stopped"] == 2
+        assert ledger.replicas("small")[0].result is None
+
+
+def test_a_full_disk_pauses_the_study(make_study: MakeStudy, store: Store) -> None:
+    def see(event: Event) -> Event:
+        if isinstance(event, Finished):
+            full = {"status": "failed", "reason": "disk_full", "message": "disk full at step 3"}
+            replicas = tuple(replica.model_copy(update=full) for replica in event.result.replicas)
+            return replace(event, result=event.result.model_copy(update={"replicas": replicas}))
+        return event
+
+    study = make_study(trials=2)
+    assert drive(study, store, Watched(see)) == "paused"
+    assert drive(study, store, Watched(unchanged)) == "complete"
+    with opened(store) as ledger:
+        assert ledger.counts("small")["complete"] == 2
