@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef
+from torch._library.custom_ops import CustomOpDef
 
 
 def fold_replicas(op: CustomOpDef) -> None:
@@ -23,7 +23,8 @@ def fold_replicas(op: CustomOpDef) -> None:
             return x.flatten(0, 1)
 
         outputs = op(*(fold(x, dim) for x, dim in zip(args, in_dims, strict=True)))
-        unfolded = tuple(x if x.numel() == 0 else x.unflatten(0, (n, -1)) for x in outputs)
-        return unfolded, tuple(None if x.numel() == 0 else 0 for x in outputs)
+        unfolded = [x if x.numel() == 0 else x.unflatten(0, (n, -1)) for x in outputs]
+        dims = [None if x.numel() == 0 else 0 for x in outputs]
+        return (unfolded, dims) if isinstance(outputs, list) else (tuple(unfolded), tuple(dims))
 
     torch.library.register_vmap(op, rule)

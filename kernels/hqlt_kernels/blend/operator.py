@@ -58,14 +58,38 @@ def blend(
         BackendUnavailableError: a forced backend cannot run here.
     """
     _check(timing, window, fw_chunk)
-    chosen = choose_backend("blend", device=q.device, dtype=q.dtype, head_dim=q.shape[-1], forced=backend).backend
-    match chosen:
-        case "definition":
-            compose = definition.blend
-        case "chunked":
-            compose = chunked.blend
-        case "triton":
-            raise AssertionError("choose_backend announces no Triton kernel")
+    chosen = choose_backend(
+        "blend", device=q.device, dtype=q.dtype, head_dim=q.shape[-1], value_dim=v.shape[-1], forced=backend
+    ).backend
+    fw_chunk = window if fw_chunk is None else fw_chunk
+    fits_one_operator = (
+        state is None
+        and not return_state
+        and normaliser == "none"
+        and fw_rope_base is None
+        and k.dim() == 4
+        and q.shape[1] > 0
+        and (gate is None or gate.shape == v.shape)
+    )
+    if chosen == "triton" and fits_one_operator:
+        from hqlt_kernels.blend import triton_operator  # triton is there only where it can run
+
+        kv, fw, mixed = triton_operator.blend(
+            q,
+            k,
+            v,
+            beta,
+            log_decay,
+            gate,
+            timing=timing,
+            window=window,
+            delay_beta=delay_beta,
+            fw_chunk=fw_chunk,
+            feature_map=feature_map,
+            kv_rope_base=kv_rope_base,
+        )
+        return BlendOutput(kv, fw, mixed, None)
+    compose = definition.blend if chosen == "definition" else chunked.blend  # "chunked" with its parts on Triton
     kv, fw, next_state = compose(
         q,
         Tokens(k, v, beta, log_decay),
@@ -73,7 +97,7 @@ def blend(
         timing=timing,
         window=window,
         delay_beta=delay_beta,
-        fw_chunk=window if fw_chunk is None else fw_chunk,
+        fw_chunk=fw_chunk,
         feature_map=feature_map,
         normaliser=normaliser,
         kv_rope_base=kv_rope_base,

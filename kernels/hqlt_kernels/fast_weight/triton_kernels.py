@@ -31,6 +31,10 @@ No transposed accumulator is an operand of a dot: what is needed transposed is c
 miscompiled on Hopper by Triton 3.4 to 3.7.0 (flash-linear-attention issue 640).
 """
 
+# ruff: noqa: SIM102, SIM108, SIM109, SIM114  # Triton compiles a subset of Python; `if` on a constexpr takes code out
+# What is inside @triton.jit is not Python to a type checker.
+# mypy: ignore-errors
+
 import triton
 import triton.language as tl
 
@@ -181,7 +185,8 @@ def prepare_kernel(
     STORED the local part tril(D q k^T): the scan of a rule with decay has no registers left to compute it.
 
     q, k, q_out, k_out [B, T, H, K]; beta, log_decay [B, T, H]; transfer, local [B * H, NT, BT, BT];
-    gates, norms [B * H, NT, 2, BT] float32 (keys, queries). Grid (NT, B * H). k_out is by the time of writing (SHIFT applied).
+    gates, norms [B * H, NT, 2, BT] float32 (keys, queries). k_out is by the time of writing (SHIFT applied).
+    Grid (NT, B * H).
     """
     c = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
@@ -288,7 +293,7 @@ def scan_kernel(
         next_gk = tl.load(gate + i)
         next_gq = tl.load(gate + BT + i)
         next_last = tl.load(gate + BT - 1)
-    for c in range(0, NT):
+    for c in range(NT):
         first, count = _tile(c, T, BT, PARTS, STRIDE)
         ok = i < count
         row = (bh // H) * T * H + bh % H + first * H
@@ -393,7 +398,7 @@ def reverse_scan_kernel(
         next_gk = tl.load(gate + i)
         next_gq = tl.load(gate + BT + i)
         next_last = tl.load(gate + BT - 1)
-    for n in range(0, NT):
+    for n in range(NT):
         c = NT - 1 - n
         first, count = _tile(c, T, BT, PARTS, STRIDE)
         ok = i < count
@@ -471,6 +476,7 @@ def gradient_kernel(
     dstates,
     dq,
     dk,
+    dv_sum,
     dbeta,
     dlog_decay,
     T,
@@ -490,11 +496,13 @@ def gradient_kernel(
     DELTA: tl.constexpr,
     DECAY: tl.constexpr,
     TINY: tl.constexpr,
+    ADD: tl.constexpr,
     PREC: tl.constexpr,
 ):
     """dq, dk before the feature map, dbeta, and dlog_decay [K / BK, B, T, H], a part from each slice of K.
 
-    q, k are the inputs, not the features; final is the state after the last tile. Grid (NT * K / BK, B * H).
+    q, k are the inputs, not the features; final is the state after the last tile. With ADD, dq, dk and dv are added to
+    what stands in dq, dk and dv_sum. Grid (NT * K / BK, B * H).
     """
     NK: tl.constexpr = K // BK
     part = tl.program_id(0) % NK
@@ -555,7 +563,10 @@ def gradient_kernel(
         acc = tl.dot(P, yk, acc, input_precision=PREC)
     x = _load(q + row * K + cols, ok, MASKED).to(tl.float32)
     yq = (_activate(x, FEATURE) * (norm_q * scale)[:, None]).to(dob.dtype)
-    _store(dq + row * K + cols, _features_backward(x, acc * scale, norm_q, inner_q, FEATURE), ok, MASKED)
+    dx = _features_backward(x, acc * scale, norm_q, inner_q, FEATURE)
+    if ADD:
+        dx += _load(dq + row * K + cols, ok, MASKED).to(tl.float32)
+    _store(dq + row * K + cols, dx, ok, MASKED)
 
     if DELTA:
         lower = i[:, None] > i[None, :]
@@ -586,7 +597,13 @@ def gradient_kernel(
     if LOCAL:
         acc = tl.dot(PT, yq, acc, input_precision=PREC)
     x = _load(k + row_k * K + cols, ok_k, MASKED).to(tl.float32)
-    _store(dk + row_k * K + cols, _features_backward(x, acc, norm_k, inner_k, FEATURE), ok_k, MASKED)
+    dx = _features_backward(x, acc, norm_k, inner_k, FEATURE)
+    if ADD:
+        dx += _load(dk + row_k * K + cols, ok_k, MASKED).to(tl.float32)
+        own = row_k * V + i[:, None] * (H * V) + (part * (V // NK) + tl.arange(0, V // NK))[None, :]
+        sum_v = _load(dv_sum + own, ok_k, MASKED).to(tl.float32) + _load(dv + own, ok_k, MASKED).to(tl.float32)
+        _store(dv_sum + own, sum_v, ok_k, MASKED)
+    _store(dk + row_k * K + cols, dx, ok_k, MASKED)
 
     if DECAY:
         dS = tl.load(dstates + tile * (K * V) + state_at).to(tl.float32)  # again: it was not kept in registers
@@ -603,3 +620,59 @@ def gradient_kernel(
                 dg += tl.sum(tl.where((i[None, :] // READ) < (i[:, None] // READ), inner_q[:, None], 0.0), 0)
         B = tl.num_programs(1).to(tl.int64) // H
         tl.store(dlog_decay + part * B * T * H + row + i * H, dg, mask=ok)
+
+
+@triton.jit
+def step_kernel(
+    q,
+    k,
+    v,
+    beta,
+    log_decay,
+    state,
+    o,
+    next_state,
+    scale,
+    N: tl.constexpr,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BV: tl.constexpr,
+    FEATURE: tl.constexpr,
+    DELTA: tl.constexpr,
+    DECAY: tl.constexpr,
+    INITIAL: tl.constexpr,
+    OLD: tl.constexpr,
+):
+    """One token with N writes: o [B, H, V] and the next state [B, H, K, V] float32. OLD: o reads the state before.
+
+    q [B, H, K]; k [B, N, H, K]; v [B, N, H, V]; beta [B, N, H]; log_decay [B, H]. Grid (V / BV, B * H). Reads and
+    writes the state once; there is no product for the tensor core in one token.
+    """
+    bh = tl.program_id(1).to(tl.int64)
+    d = tl.arange(0, K)
+    e = tl.program_id(0) * BV + tl.arange(0, BV)
+    state_at = bh * (K * V) + d[:, None] * V + e[None, :]
+    if INITIAL:
+        S = tl.load(state + state_at)
+    else:
+        S = tl.zeros((K, BV), tl.float32)
+    y = _activate(tl.load(q + bh * K + d).to(tl.float32), FEATURE)
+    if FEATURE == SILU_L2 or FEATURE == RELU_L2:
+        y *= tl.rsqrt(tl.sum(y * y, 0) + L2_EPSILON)
+    read = tl.sum(S * y[:, None], 0)
+    if DECAY:
+        S *= tl.exp2(tl.load(log_decay + bh).to(tl.float32) * LOG2E)
+    for n in tl.static_range(N):
+        row = ((bh // H) * N + n) * H + bh % H
+        x = _activate(tl.load(k + row * K + d).to(tl.float32), FEATURE)
+        if FEATURE == SILU_L2 or FEATURE == RELU_L2:
+            x *= tl.rsqrt(tl.sum(x * x, 0) + L2_EPSILON)
+        write = tl.load(v + row * V + e).to(tl.float32)
+        if DELTA:
+            write = (write - tl.sum(S * x[:, None], 0)) * tl.load(beta + row).to(tl.float32)
+        S += x[:, None] * write[None, :]
+    if not OLD:
+        read = tl.sum(S * y[:, None], 0)
+    tl.store(o + bh * V + e, (read * scale).to(o.dtype.element_ty))
+    tl.store(next_state + state_at, S)

@@ -11,8 +11,8 @@ import torch
 import triton
 from torch import Tensor
 
-from hqlt_kernels.feature_maps import FEATURE_MAPS, FeatureMap
 from hqlt_kernels.fast_weight import triton_kernels as kernels
+from hqlt_kernels.feature_maps import FEATURE_MAPS, FeatureMap
 from hqlt_kernels.triton_replicas import fold_replicas
 
 HEAD_DIMS = (16, 32, 64, 128)
@@ -32,9 +32,9 @@ class Launch:
 class Launches:
     """One launch for each kernel, and the rows of a tile.
 
-    16-bit inputs at D = 128 (H200, B8 T4096 H8; README.md has the numbers): the scan needs three stages, as it is bound
-    by the latency of its loads; the reverse scan holds more and fits two with half the columns; the gradient kernel
-    fits twice on a multiprocessor only without a pipeline. float32 takes short tiles: it multiplies in three tf32 parts.
+    16-bit inputs at D = 128 (H200, B8 T4096 H8; kernels/README.md): the scan needs three stages, as it is bound by the
+    latency of its loads; the reverse scan holds more and fits two with half the columns; the gradient kernel fits twice
+    on a multiprocessor only without a pipeline. float32 takes short tiles: it multiplies in three tf32 parts.
     """
 
     tile: int
@@ -100,8 +100,22 @@ def fast_weight(
     each written with beta and log_decay of the token `shift` later.
 
     Dots take operands in the dtype of the inputs and add in float32; float32 inputs are multiplied in three tf32 parts.
-    The state is float32. Raises nothing: `choose_backend` has refused what does not fit.
+    The state is float32. One token without gradients takes a kernel of its own, in float32 throughout. Raises nothing:
+    `choose_backend` has refused what does not fit.
     """
+    if q.shape[1] == 1 and not torch.is_grad_enabled() and not shift:
+        o, final = fast_weight_step(
+            q.contiguous(),
+            (k if k.dim() == 5 else k.unsqueeze(2)).contiguous(),
+            (v if v.dim() == 5 else v.unsqueeze(2)).contiguous(),
+            None if beta is None else beta.contiguous(),
+            None if log_decay is None else log_decay.contiguous(),
+            None if initial_state is None else initial_state.float().contiguous(),
+            FEATURE_MAPS.index(feature_map),
+            scale,
+            read_chunk is not None,
+        )
+        return o, final
     out_dtype = v.dtype
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     if torch.is_autocast_enabled(q.device.type):
@@ -133,8 +147,7 @@ def fast_weight(
     return o[:, n_writes - 1 :: n_writes].to(out_dtype), final
 
 
-@torch.library.custom_op("hqlt::fast_weight_forward", mutates_args=())
-def fast_weight_forward(
+def run_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -157,7 +170,7 @@ def fast_weight_forward(
     k_mapped = k_features if save else torch.empty_like(k)
     if not save:
         transfer, gates, norms = _intermediates(q, beta, log_decay, launch, tiling)
-    shape = _constants(q, v, beta, log_decay, launch, tiling, read, shift)
+    shape = _constants(q, beta, log_decay, launch, tiling, read, shift)
     stored = log_decay is not None and tiling.parts == 1 and tiling.stride > read
     local = q.new_empty(batch * n_heads if stored else 0, tiling.n_tiles, launch.tile, launch.tile)
     kernels.prepare_kernel[(tiling.n_tiles, batch * n_heads)](
@@ -166,11 +179,16 @@ def fast_weight_forward(
         num_warps=launch.prepare.warps, num_stages=launch.prepare.stages,
     )  # fmt: skip
     kernels.scan_kernel[(v.shape[-1] // launch.scan.block, batch * n_heads)](
-        q_scaled, k_mapped, v, transfer, local, gates, o, states, writes, initial_state, final, n_tokens, tiling.n_tiles,
-        K=key_dim, V=v.shape[-1], BV=launch.scan.block, OUTPUT=True, SAVE=save, STORED=stored, INITIAL=initial_state is not None,
+        q_scaled, k_mapped, v, transfer, local, gates, o, states, writes, initial_state, final,
+        n_tokens, tiling.n_tiles,
+        K=key_dim, V=v.shape[-1], BV=launch.scan.block, OUTPUT=True, SAVE=save, STORED=stored,
+        INITIAL=initial_state is not None,
         **shape, num_warps=launch.scan.warps, num_stages=launch.scan.stages,
     )  # fmt: skip
     return out
+
+
+fast_weight_forward = torch.library.custom_op("hqlt::fast_weight_forward", run_forward, mutates_args=())
 
 
 @torch.library.custom_op("hqlt::fast_weight_backward", mutates_args=())
@@ -198,38 +216,126 @@ def fast_weight_backward(
     shift: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, beta, log_decay and the initial state (empty where there is none)."""
-    out = _backward_outputs(q, k, v, beta, log_decay)
-    dq, dk, dv, dbeta, dlog_decay, dinitial = out
+    dv, dstates, dinitial = run_reverse_scan(
+        q, v, beta, log_decay, q_features, k_features, transfer, gates, do, dfinal, read, shift
+    )
+    dq, dk, dbeta, dlog_decay = run_gradients(
+        q, k, v, beta, log_decay, gates, norms, states, writes, o, final, do, dv, dstates, None,
+        feature, scale, read, shift,
+    )  # fmt: skip
+    if shift:  # the last tokens are never written
+        dk[:, -shift:].zero_()
+        dv[:, -shift:].zero_()
+    return dq, dk, dv, dbeta, dlog_decay, dinitial
+
+
+def run_reverse_scan(
+    q: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    log_decay: Tensor | None,
+    q_features: Tensor,
+    k_features: Tensor,
+    transfer: Tensor,
+    gates: Tensor,
+    do: Tensor,
+    dfinal: Tensor | None,
+    read: int,
+    shift: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dv (the last `shift` tokens are not set), the gradients of the states after each tile, and dinitial."""
     batch, n_tokens, n_heads, key_dim = q.shape
     value_dim = v.shape[-1]
     launch = launches(q.dtype, key_dim, value_dim)
     tiling = Tiling.of(n_tokens, launch.tile, read)
-    shape = _constants(q, v, beta, log_decay, launch, tiling, read, shift)
-    if shift:  # the last tokens are never written
-        dk[:, n_tokens - shift :].zero_()
-        dv[:, n_tokens - shift :].zero_()
-    dstates = torch.empty_like(states)
-    n_slices = key_dim // launch.gradient.block
-    dlog_decay_parts = dlog_decay if n_slices == 1 else q.new_empty(n_slices, *dlog_decay.shape, dtype=torch.float32)
+    dv = torch.empty_like(v)
+    dstates = q.new_empty(batch * n_heads, tiling.n_tiles, key_dim, value_dim)
+    dinitial = q.new_empty(batch, n_heads, key_dim, value_dim, dtype=torch.float32)
     kernels.reverse_scan_kernel[(value_dim // launch.reverse_scan.block, batch * n_heads)](
         q_features, k_features, transfer, gates, do, dfinal, dv, dstates, dinitial, n_tokens, tiling.n_tiles,
-        K=key_dim, V=value_dim, BV=launch.reverse_scan.block, FINAL=dfinal is not None, **shape,
+        K=key_dim, V=value_dim, BV=launch.reverse_scan.block, FINAL=dfinal is not None,
+        **_constants(q, beta, log_decay, launch, tiling, read, shift),
         num_warps=launch.reverse_scan.warps, num_stages=launch.reverse_scan.stages,
     )  # fmt: skip
+    return dv, dstates, dinitial
+
+
+def run_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    log_decay: Tensor | None,
+    gates: Tensor,
+    norms: Tensor,
+    states: Tensor,
+    writes: Tensor,
+    o: Tensor,
+    final: Tensor,
+    do: Tensor,
+    dv: Tensor,
+    dstates: Tensor,
+    add_to: tuple[Tensor, Tensor, Tensor] | None,
+    feature: int,
+    scale: float,
+    read: int,
+    shift: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dbeta and dlog_decay. `add_to`: gradients of q, k and v that these (and dv) are added to, in place."""
+    batch, n_tokens, n_heads, key_dim = q.shape
+    value_dim = v.shape[-1]
+    launch = launches(q.dtype, key_dim, value_dim)
+    tiling = Tiling.of(n_tokens, launch.tile, read)
+    dq, dk, dv_sum = (torch.empty_like(q), torch.empty_like(k), dv) if add_to is None else add_to
+    dbeta = q.new_empty(0) if beta is None else torch.empty_like(beta)
+    n_slices = key_dim // launch.gradient.block
+    dlog_decay_parts = q.new_empty(n_slices, *(() if log_decay is None else log_decay.shape), dtype=torch.float32)
     kernels.gradient_kernel[(tiling.n_tiles * n_slices, batch * n_heads)](
-        q, k, v, beta, gates, norms, o, do, dv, writes, states, final, dstates, dq, dk, dbeta, dlog_decay_parts,
+        q, k, v, beta, gates, norms, o, do, dv, writes, states, final, dstates, dq, dk, dv_sum, dbeta, dlog_decay_parts,
         n_tokens, tiling.n_tiles, scale,
-        K=key_dim, V=value_dim, BK=launch.gradient.block, FEATURE=feature, TINY=_tiny(q.dtype), **shape,
+        K=key_dim, V=value_dim, BK=launch.gradient.block, FEATURE=feature, TINY=_tiny(q.dtype), ADD=add_to is not None,
+        **_constants(q, beta, log_decay, launch, tiling, read, shift),
         num_warps=launch.gradient.warps, num_stages=launch.gradient.stages,
     )  # fmt: skip
-    if log_decay is not None and n_slices > 1:
-        torch.sum(dlog_decay_parts, 0, out=dlog_decay)
-    return out
+    return dq, dk, dbeta, q.new_empty(0) if log_decay is None else dlog_decay_parts.sum(0).to(log_decay.dtype)
+
+
+@torch.library.custom_op("hqlt::fast_weight_step", mutates_args=())
+def fast_weight_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    log_decay: Tensor | None,
+    state: Tensor | None,
+    feature: int,
+    scale: float,
+    old: bool,
+) -> tuple[Tensor, Tensor]:
+    """o [B, 1, H, V] and the next state. q [B, 1, H, K]; k, v [B, 1, n, H, ...]. `old`: o reads the state before."""
+    batch, _, n_heads, key_dim = q.shape
+    value_dim = v.shape[-1]
+    o = v.new_empty(batch, 1, n_heads, value_dim)
+    final = q.new_empty(batch, n_heads, key_dim, value_dim, dtype=torch.float32)
+    block = min(value_dim, 32)
+    kernels.step_kernel[(value_dim // block, batch * n_heads)](
+        q, k, v, beta, log_decay, state, o, final, scale,
+        N=k.shape[2], H=n_heads, K=key_dim, V=value_dim, BV=block, FEATURE=feature, DELTA=beta is not None,
+        DECAY=log_decay is not None, INITIAL=state is not None, OLD=old, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return o, final
+
+
+@fast_weight_step.register_fake
+def _(q, k, v, *_rest):  # type: ignore[no-untyped-def]  # torch calls it
+    return (
+        v.new_empty(*q.shape[:3], v.shape[-1]),
+        q.new_empty(q.shape[0], q.shape[2], q.shape[3], v.shape[-1], dtype=torch.float32),
+    )
 
 
 def _constants(
     q: Tensor,
-    v: Tensor,
     beta: Tensor | None,
     log_decay: Tensor | None,
     launch: Launches,
@@ -245,7 +351,7 @@ def _constants(
         "PARTS": tiling.parts,
         "READ": read,
         "SHIFT": shift,
-        "MASKED": shift > 0 or tiling.stride * tiling.n_tiles != tiling.parts * q.shape[1] or tiling.stride % launch.tile > 0,
+        "MASKED": shift > 0 or launch.tile * tiling.n_tiles != q.shape[1],
         "DELTA": beta is not None,
         "DECAY": log_decay is not None,
         "PREC": "tf32x3" if q.dtype == torch.float32 else "tf32",
@@ -277,8 +383,8 @@ def _forward_outputs(
     o = torch.empty_like(v)
     final = q.new_empty(batch, n_heads, key_dim, value_dim, dtype=torch.float32)
     if not save:
-        return (o, final, *(q.new_empty(0) for _ in range(3)), *(q.new_empty(0, dtype=torch.float32) for _ in range(2)),
-                *(q.new_empty(0) for _ in range(2)))  # fmt: skip
+        n, f = q.new_empty, torch.float32
+        return o, final, n(0), n(0), n(0), n(0, dtype=f), n(0, dtype=f), n(0), n(0)
     launch = launches(q.dtype, key_dim, value_dim)
     tiling = Tiling.of(n_tokens, launch.tile, read)
     return (
@@ -301,7 +407,7 @@ def _backward_outputs(
         torch.empty_like(k),
         torch.empty_like(v),
         q.new_empty(0) if beta is None else torch.empty_like(beta),
-        q.new_empty(0) if log_decay is None else torch.empty_like(log_decay, dtype=torch.float32),
+        q.new_empty(0) if log_decay is None else torch.empty_like(log_decay),
         q.new_empty(batch, n_heads, key_dim, v.shape[-1], dtype=torch.float32),
     )
 
@@ -334,7 +440,7 @@ def _backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None, *_unused: None
         dk,
         dv,
         None if beta is None else dbeta,
-        None if log_decay is None else dlog_decay.to(log_decay.dtype),
+        None if log_decay is None else dlog_decay,
         None if initial_state is None else dinitial,
         *(None,) * 5,
     )
@@ -343,3 +449,4 @@ def _backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None, *_unused: None
 fast_weight_forward.register_autograd(_backward, setup_context=_setup_context)
 fold_replicas(fast_weight_forward)
 fold_replicas(fast_weight_backward)
+fold_replicas(fast_weight_step)

@@ -14,6 +14,10 @@ dk and dv compute the transposed scores k q^T: a transposed accumulator as opera
 Triton 3.4 to 3.7.0 (flash-linear-attention issue 640).
 """
 
+# ruff: noqa: SIM108  # Triton compiles a subset of Python; `if` on a constexpr takes code out
+# What is inside @triton.jit is not Python to a type checker.
+# mypy: ignore-errors
+
 import triton
 import triton.language as tl
 
@@ -30,8 +34,8 @@ def _turned_halves(x, row, i, ok, turn, cos, sin, H: tl.constexpr, D: tl.constex
     x2 = tl.load(at + D // 2, mask=ok[:, None], other=0.0)
     if ROPE:
         angle = (turn + i)[:, None] * (D // 2) + d[None, :]
-        c = tl.load(cos + angle)
-        s = tl.load(sin + angle)
+        c = tl.load(cos + angle).to(tl.float32)
+        s = tl.load(sin + angle).to(tl.float32)
         y1 = (x1.to(tl.float32) * c - x2.to(tl.float32) * s).to(x1.dtype)
         x2 = (x2.to(tl.float32) * c + x1.to(tl.float32) * s).to(x1.dtype)
         x1 = y1
@@ -44,8 +48,8 @@ def _store_turned_back(x, row, i, ok, turn, cos, sin, y1, y2, H: tl.constexpr, D
     at = x + row * D + i[:, None] * (H * D) + d[None, :]
     if ROPE:
         angle = (turn + i)[:, None] * (D // 2) + d[None, :]
-        c = tl.load(cos + angle)
-        s = tl.load(sin + angle)
+        c = tl.load(cos + angle).to(tl.float32)
+        s = tl.load(sin + angle).to(tl.float32)
         x1 = y1 * c + y2 * s
         y2 = y2 * c - y1 * s
         y1 = x1
@@ -124,7 +128,9 @@ def forward_kernel(
             )  # fmt: skip
     else:
         start = n_keys - n_queries + c * BT
-        for n in range(_first_tile(start, window, phase, BT, ALIGNED), tl.minimum(start + BT - 1, n_keys - 1) // BT + 1):
+        for n in range(
+            _first_tile(start, window, phase, BT, ALIGNED), tl.minimum(start + BT - 1, n_keys - 1) // BT + 1
+        ):
             m, norm, acc = _attend(
                 q1, q2, m, norm, acc, k, v, first, query, n, n_keys, i, 0, cos, sin,
                 scale, window, phase, H, D, V, BT, ALIGNED, False, PREC,
@@ -188,7 +194,9 @@ def query_gradient_kernel(
             )  # fmt: skip
     else:
         start = n_keys - n_queries + c * BT
-        for n in range(_first_tile(start, window, phase, BT, ALIGNED), tl.minimum(start + BT - 1, n_keys - 1) // BT + 1):
+        for n in range(
+            _first_tile(start, window, phase, BT, ALIGNED), tl.minimum(start + BT - 1, n_keys - 1) // BT + 1
+        ):
             acc1, acc2 = _query_step(
                 q1, q2, dob, top, inner, acc1, acc2, k, v, first, query, n, n_keys, i, 0,
                 cos, sin, scale, window, phase, H, D, V, BT, ALIGNED, False, PREC,
@@ -236,7 +244,6 @@ def key_value_gradient_kernel(
     row = ((bh // H) * n_keys + c * BT) * H + bh % H
     first = (bh // H) * n_queries * H + bh % H
     offset = n_keys - n_queries
-    own: tl.constexpr = (N_TILES - 1) * BT if N_TILES > 0 else 0
     vb = tl.load(v + row * V + i[:, None] * (H * V) + tl.arange(0, V)[None, :], mask=ok[:, None], other=0.0)
     # Positions relative to the key tile's start, which is row 0 of the table.
     k1, k2 = _turned_halves(k, row, i, ok, 0, cos, sin, H, D, ROPE)

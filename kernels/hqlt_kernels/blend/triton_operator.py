@@ -1,0 +1,207 @@
+"""A blend as one custom operator: both memories at once, and their mix.
+
+The fast weights' scans are serial in time and leave most of the card idle; the window's kernels are not and fill it. So
+the two run on two CUDA streams, and join before the mix (forward) and before the last kernel, which adds the two
+branches' gradients of q, k and v (backward). A delay is a shift of the pointers to keys and values: nothing is copied.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn import functional
+
+from hqlt_kernels.blend import triton_kernels as kernels
+from hqlt_kernels.blend.state import Timing
+from hqlt_kernels.fast_weight import triton_operator as fast_weight
+from hqlt_kernels.feature_maps import FEATURE_MAPS, FeatureMap
+from hqlt_kernels.triton_replicas import fold_replicas
+from hqlt_kernels.window_attention import triton_operator as window_attention
+
+
+def blend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    log_decay: Tensor | None,
+    gate: Tensor | None,
+    *,
+    timing: Timing,
+    window: int | None,
+    delay_beta: bool,
+    fw_chunk: int | None,
+    feature_map: FeatureMap,
+    kv_rope_base: float | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """kv, fw and mixed [B, T, H, V] of whole sequences from position 0; one write a token, no normaliser."""
+    out_dtype = v.dtype
+    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+    n_tokens = q.shape[1]
+    shift = 0
+    if timing == "delayed_streaming":
+        assert window is not None
+        shift = min(window, n_tokens)
+        if delay_beta:
+            beta = None if beta is None else functional.pad(beta, (0, 0, shift, 0))[:, :n_tokens]
+            log_decay = None if log_decay is None else functional.pad(log_decay, (0, 0, shift, 0))[:, :n_tokens]
+    aligned = timing == "delayed_chunk"
+    kv, fw, mixed, *_ = blend_forward(
+        q.to(dtype).contiguous(),
+        k.to(dtype).contiguous(),
+        v.to(dtype).contiguous(),
+        None if beta is None else beta.contiguous(),
+        None if log_decay is None else log_decay.contiguous(),
+        None if gate is None else gate.to(dtype).contiguous(),
+        window_attention.span(window, n_tokens, aligned),
+        0.0 if kv_rope_base is None else kv_rope_base,
+        aligned,
+        FEATURE_MAPS.index(feature_map),
+        q.shape[-1] ** -0.5,
+        fw_chunk or 0 if aligned else 0,
+        shift,
+        torch.is_grad_enabled(),
+    )
+    return kv.to(out_dtype), fw.to(out_dtype), None if gate is None else mixed.to(out_dtype)
+
+
+@torch.library.custom_op("hqlt::blend_forward", mutates_args=())
+def blend_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    log_decay: Tensor | None,
+    gate: Tensor | None,
+    window: int,
+    rope_base: float,
+    aligned: bool,
+    feature: int,
+    scale: float,
+    read: int,
+    shift: int,
+    save: bool,
+) -> list[Tensor]:
+    """kv, fw, mixed (empty without a gate), lse, and what `fast_weight_forward` returns after its first output."""
+    with _beside(q.device) as join:
+        kv, lse = window_attention.run_forward(q, k, v, window, rope_base, aligned, 0, scale)
+    fw, *saved = fast_weight.run_forward(q, k, v, beta, log_decay, None, feature, scale, read, shift, save)
+    join()
+    mixed = q.new_empty(0)
+    if gate is not None:
+        mixed = torch.empty_like(kv)
+        n = kv.numel()
+        kernels.mix_kernel[(triton.cdiv(n, BLOCK),)](kv, fw, gate, mixed, n, BLOCK=BLOCK)
+    return [kv, fw, mixed, lse, *saved]
+
+
+@torch.library.custom_op("hqlt::blend_backward", mutates_args=())
+def blend_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    log_decay: Tensor | None,
+    gate: Tensor | None,
+    kv: Tensor,
+    fw: Tensor,
+    lse: Tensor,
+    saved: list[Tensor],
+    dkv: Tensor | None,
+    dfw: Tensor | None,
+    dmixed: Tensor | None,
+    window: int,
+    rope_base: float,
+    aligned: bool,
+    feature: int,
+    scale: float,
+    read: int,
+    shift: int,
+) -> list[Tensor]:
+    """Gradients of q, k, v, beta, log_decay and gate (empty where there is none)."""
+    final, q_features, k_features, transfer, gates, norms, states, writes = saved
+    dgate = q.new_empty(0)
+    if gate is not None and dmixed is not None:
+        dgate = torch.empty_like(gate)
+        has_kv, has_fw = dkv is not None, dfw is not None
+        dkv = torch.empty_like(kv) if dkv is None else dkv.clone()
+        dfw = torch.empty_like(fw) if dfw is None else dfw.clone()
+        n = kv.numel()
+        kernels.mix_gradient_kernel[(triton.cdiv(n, BLOCK),)](
+            kv, fw, gate, dmixed, dkv, dfw, dgate, n, BLOCK=BLOCK, ADD_KV=has_kv, ADD_FW=has_fw
+        )
+    elif gate is not None:
+        dgate = torch.zeros_like(gate)
+    dkv = torch.zeros_like(kv) if dkv is None else dkv.contiguous()
+    dfw = torch.zeros_like(fw) if dfw is None else dfw.contiguous()
+    with _beside(q.device) as join:
+        gradients = window_attention.run_backward(q, k, v, kv, lse, dkv, window, rope_base, aligned, 0, scale)
+    dv, dstates, _ = fast_weight.run_reverse_scan(
+        q, v, beta, log_decay, q_features, k_features, transfer, gates, dfw, None, read, shift
+    )
+    join()
+    _, _, dbeta, dlog_decay = fast_weight.run_gradients(
+        q, k, v, beta, log_decay, gates, norms, states, writes, fw, final, dfw, dv, dstates, gradients,
+        feature, scale, read, shift,
+    )  # fmt: skip
+    return [*gradients, dbeta, dlog_decay, dgate]
+
+
+BLOCK = 2048
+
+
+@contextmanager
+def _beside(device: torch.device) -> Iterator[Any]:
+    """Work launched inside runs beside what is launched after it, until the yielded function is called.
+
+    Tensors made inside may be freed only after that: then the main stream has waited, and order is as if on one stream.
+    """
+    if device.type != "cuda":
+        yield lambda: None
+        return
+    main, side = torch.cuda.current_stream(device), _side_stream(device)
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        yield lambda: main.wait_stream(side)
+
+
+@lru_cache(maxsize=16)
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no types here
+
+
+@blend_forward.register_fake
+def _(q, k, v, beta, log_decay, gate, window, rope_base, aligned, feature, scale, read, shift, save):  # type: ignore[no-untyped-def]  # torch calls it
+    kv, lse = window_attention.window_forward(q, k, v, window, rope_base, aligned, 0, scale)
+    fw, *saved = fast_weight.fast_weight_forward(q, k, v, beta, log_decay, None, feature, scale, read, shift, save)
+    return [kv, fw, q.new_empty(0) if gate is None else torch.empty_like(kv), lse, *saved]
+
+
+@blend_backward.register_fake
+def _(q, k, v, beta, log_decay, gate, *_rest):  # type: ignore[no-untyped-def]  # torch calls it
+    return [q.new_empty(0) if x is None else torch.empty_like(x) for x in (q, k, v, beta, log_decay, gate)]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    kv, fw, _mixed, lse, *saved = output
+    ctx.save_for_backward(*inputs[:6], kv, fw, lse, *saved)
+    ctx.options = inputs[6:-1]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    inputs, outputs, saved = tensors[:6], tensors[6:9], list(tensors[9:])
+    contiguous = (None if g is None else g.contiguous() for g in grads[:3])
+    out = blend_backward(*inputs, *outputs, saved, *contiguous, *ctx.options)
+    return (*(None if x is None else g for x, g in zip(inputs, out, strict=True)), *(None,) * 8)
+
+
+blend_forward.register_autograd(_backward, setup_context=_setup_context)
+fold_replicas(blend_forward)
