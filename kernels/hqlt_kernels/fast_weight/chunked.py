@@ -13,7 +13,8 @@ the decay in between. README.md derives this and its gradient.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,19 +76,22 @@ class Tiling:
     read_chunk: int | None
 
     @staticmethod
+    @lru_cache(maxsize=256)
     def of(length: int, n_writes: int, key_width: int, read_chunk: int | None) -> "Tiling":
         """Tiles of about the best size; they divide the chunk that is read, or are multiples of it."""
         best = max(1, writes_in_a_tile(key_width) // n_writes)
         if read_chunk is None or read_chunk >= length:
             n_tiles = max(1, round(length / best))
             return Tiling(n_tiles, -(-length // n_tiles), n_writes, read_chunk)
-        if read_chunk <= best:
-            n_chunks = -(-length // read_chunk)
-            n_tiles = max(1, round(length / best))
-            n_tokens = length if n_tiles == 1 else -(-n_chunks // n_tiles) * read_chunk
-            return Tiling(-(-length // n_tokens), n_tokens, n_writes, read_chunk)
-        n_tokens = max(size for size in range(1, 2 * best + 1) if read_chunk % size == 0)
-        return Tiling(-(-length // n_tokens), n_tokens, n_writes, read_chunk)
+        # Chunks must start where tiles do, or a tile hold whole chunks.
+        sizes = [size for size in range(1, read_chunk + 1) if read_chunk % size == 0]
+        sizes += [*range(2 * read_chunk, min(length, 2 * best), read_chunk), *([length] if length <= 3 * best else [])]
+        candidates = [Tiling(-(-length // size), size, n_writes, read_chunk) for size in sizes]
+        return min(candidates, key=lambda tiling: tiling.work(best))
+
+    def work(self, best: int) -> float:
+        """Time in proportion: all tokens, padding included, times the state's share, the tile's and the calls'."""
+        return self.n_tiles * self.n_tokens * (1 + self.n_tokens / (4 * best) + (best / (4 * self.n_tokens)) ** 2)
 
     @property
     def writes(self) -> int:
@@ -195,15 +199,16 @@ class _Recurrence(torch.autograd.Function):
             P,
             inverse,
             states,
+            *(decay or ()),
         )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        q, _, _, _, log_decay, initial_state, ctx.scale, ctx.tiling = inputs
+        q, _, _, _, _, initial_state, ctx.scale, ctx.tiling = inputs
         ctx.batch, ctx.length, ctx.n_heads, _ = q.shape
         ctx.starts_empty = initial_state is None
         ctx.mark_non_differentiable(*(x for x in output[2:] if x is not None))
-        ctx.save_for_backward(log_decay, *output[2:])
+        ctx.save_for_backward(*output[2:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -211,11 +216,11 @@ class _Recurrence(torch.autograd.Function):
     def backward(
         ctx: Any, grad_o: Tensor | None, grad_final_state: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
-        log_decay, Q, K, strengths, written, residuals, P, inverse, states = ctx.saved_tensors
+        Q, K, strengths, written, residuals, P, inverse, states, *decays = ctx.saved_tensors
         tiling: Tiling = ctx.tiling
         scale: float = ctx.scale
         n_tiles, n_heads, length, m = tiling.n_tiles, ctx.n_heads, ctx.length, ctx.batch * ctx.n_heads
-        decay = None if log_decay is None else _Decay.of(log_decay, tiling, scale)
+        decay = _Decay(*decays) if decays else None
         start = m if ctx.starts_empty else 0
         # With respect to the last tile's end there is a gradient only if the final state was used.
         end = n_tiles * m if grad_final_state is not None else (n_tiles - 1) * m
@@ -312,8 +317,7 @@ class _Recurrence(torch.autograd.Function):
         return unfold_mapped_axis(info.batch_size, o, final_state)
 
 
-@dataclass(frozen=True)
-class _Decay:
+class _Decay(NamedTuple):
     """What is left of a write after the decay between two points of a tile, [tile B H, ...]."""
 
     between_read: Tensor
@@ -341,15 +345,19 @@ class _Decay:
             at_read = functional.pad(total, (1, 0))[:, list(tiling.tokens_read)]
 
         def left(log: Tensor) -> Tensor:
-            return log.to(log_decay.dtype).exp()
+            return log.to(log_decay.dtype, copy=True).exp_()
 
-        lower = torch.ones(tiling.writes, tiling.writes, dtype=torch.bool, device=log_decay.device).tril_()
-        between_writes = left((at_write[:, :, None] - at_write[:, None, :]).masked_fill_(~lower, -torch.inf))
+        def between(later: Tensor, mask: Tensor) -> Tensor:
+            """Masked before the exponential: above the diagonal it would overflow, and infinity times 0 is NaN."""
+            log = (later[:, :, None] - at_write[:, None, :]).to(log_decay.dtype)
+            return log.masked_fill_(mask == 0, -torch.inf).exp_()
+
+        lower = log_decay.new_ones(tiling.writes, tiling.writes).tril_()
+        between_writes = between(at_write, lower)
         if tiling.read_chunk is None and tiling.n_writes == 1:
             between_read = between_writes * scale
         else:
-            is_read = _read_mask(tiling, 1, log_decay) == 1
-            between_read = left((at_read[:, :, None] - at_write[:, None, :]).masked_fill_(~is_read, -torch.inf)) * scale
+            between_read = between(at_read, _read_mask(tiling, 1, log_decay)).mul_(scale)
         return _Decay(
             between_read,
             between_writes,
