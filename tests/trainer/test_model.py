@@ -57,7 +57,12 @@ def _mixers() -> dict[str, Mixer]:
         )
         found[f"fast_weight-{i}-{rule['kind']}"] = mixer
     mixings = itertools.cycle(MIXINGS)
-    for (i, rule), (j, blend) in itertools.product(enumerate(RULES), enumerate(BLENDS)):
+    # Each kind of rule with each blend, in one variant; the other variants with one blend each.
+    firsts = {rule["kind"]: i for i, rule in reversed(list(enumerate(RULES)))}
+    pairs = [(i, j) for i in firsts.values() for j in range(len(BLENDS))]
+    pairs += [(i, i % len(BLENDS)) for i in range(len(RULES)) if i not in firsts.values()]
+    for i, j in pairs:
+        rule, blend = RULES[i], BLENDS[j]
         window = None if blend["kind"] == "synchronous" and i % 3 == 0 else 8
         mixer = Hybrid.model_validate(
             {

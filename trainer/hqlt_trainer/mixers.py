@@ -168,7 +168,9 @@ class MixerLayer(nn.Module):
         `at` (int64 [N]) asks for these positions of the flattened B * T only: [N, d].
         """
         projected, conv = self._project(x, state)
-        o, after = self.read(projected, state)
+        # Operators compute in float32 whatever they are given; autocast would narrow the products inside them.
+        with torch.autocast(x.device.type, enabled=False):
+            o, after = self.read(projected, state)
         if after is not None:
             after = LayerState(after.position + x.shape[1], conv, after.kv, after.fw, after.blend)
         gate = projected.gate
