@@ -718,9 +718,21 @@ class DriverWatch:
 
 
 def make_engine(url: str) -> sa.Engine:
-    """An engine whose SQLite connections use WAL, full durability and a patient lock."""
-    if not url.startswith("sqlite"):
-        return sa.create_engine(url, pool_pre_ping=True)
+    """An engine whose SQLite connections use WAL, full durability and a patient lock.
+
+    Raises:
+        StoreError: `url` is no URL of a database that can be used, or its driver is not installed.
+    """
+    try:
+        backend = sa.make_url(url).get_backend_name()
+        if backend == "postgresql":
+            return sa.create_engine(url, pool_pre_ping=True)
+    except sa.exc.ArgumentError:
+        backend = None
+    except ImportError as error:
+        raise StoreError(f"PostgreSQL needs a driver: pip install 'hqlt[postgres]' ({error})") from error
+    if backend != "sqlite":
+        raise StoreError(f"--store {url}: write sqlite:///PATH or postgresql+psycopg://USER@HOST/DATABASE")
     engine = sa.create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S})
 
     @sa.event.listens_for(engine, "connect")

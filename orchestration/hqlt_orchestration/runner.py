@@ -205,7 +205,11 @@ class Driver:
             fresh = [replica for replica in self._ledger.replicas(self._name) if replica.phase == phase]
             self._n_fresh = len(fresh)
             self._n_fresh_done = sum(replica.state in FINISHED for replica in fresh)
-        self._put("phase", file_text=self._ledger.study(self._name).file_text, study_json=self._study.canonical_json())
+        self._put(
+            "phase",
+            file_text=self._ledger.study(self._name).file_text,
+            study_json=self._study.model_dump_json(indent=1),
+        )
         self._estimate.start(self._n_done())
         self._show()
 

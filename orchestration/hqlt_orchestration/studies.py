@@ -57,7 +57,7 @@ def run(file: Path, store: Store, machine: Machine) -> int:
     ledger = store.open()
     new = StudyRow(
         name=study.name,
-        study=study.canonical_json(),
+        study=study.model_dump_json(),  # in the order of the file: samplers draw the axes in that order
         file_text=text,
         space_hash=study.space_hash,
         budget=study.n_trials,
@@ -68,7 +68,7 @@ def run(file: Path, store: Store, machine: Machine) -> int:
     )
     stored = ledger.add_study(new)
     if stored.space_hash != study.space_hash:
-        raise StudyConflictError(study.name, Study.from_json(stored.study).differences(study))
+        raise StudyConflictError(study.name, study.differences(Study.from_json(stored.study)))
     if stored != new:
         study = _update(ledger, stored, study)
     return _drive(study, store, ledger, machine)
@@ -101,11 +101,12 @@ def _update(ledger: Ledger, stored: StudyRow, study: Study) -> Study:
     must not change its sequence of suggestions; the ledger's budget is what counts.
     """
     before = Study.from_json(stored.study)
-    budget = study.budget.model_copy(update={"trials": before.budget.trials})
-    merged = study.model_copy(update={"budget": budget})
+    budget = before.budget.model_copy(update={"parallel": study.budget.parallel})
+    changes = {"budget": budget, "resources": study.resources, "replication": study.replication}
+    merged = before.model_copy(update=changes)
     larger = max(stored.budget, study.n_trials)
     if merged != before or larger != stored.budget:
-        ledger.update_study(study.name, study=merged.canonical_json(), budget=larger)
+        ledger.update_study(study.name, study=merged.model_dump_json(), budget=larger)
     return merged
 
 

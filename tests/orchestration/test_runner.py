@@ -47,9 +47,9 @@ def drive(
     """What `hqlt study run` does, without MLflow."""
     with opened(store) as ledger:
         row = StudyRow(
-            study.name, study.canonical_json(), "", study.space_hash, study.n_trials, "open", None, None, 0.0
+            study.name, study.model_dump_json(), "", study.space_hash, study.n_trials, "open", None, None, 0.0
         )
-        ledger.add_study(row)
+        study = Study.from_json(ledger.add_study(row).study)  # as `hqlt study resume` reads it
         with ProgressView(study.name, Console(file=output or StringIO())) as view:
             return Driver(
                 study,

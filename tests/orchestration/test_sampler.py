@@ -20,7 +20,7 @@ def ledger(store: Store) -> Iterator[Ledger]:
 
 def add(ledger: Ledger, study: Study) -> None:
     ledger.add_study(
-        StudyRow(study.name, study.canonical_json(), "", study.space_hash, study.n_trials, "open", None, None, 0.0)
+        StudyRow(study.name, study.model_dump_json(), "", study.space_hash, study.n_trials, "open", None, None, 0.0)
     )
 
 
