@@ -3,7 +3,6 @@
 import errno
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,12 +16,9 @@ from hqlt_search_space.trial import Backend, ReplicaResult, Trial, TrialResult
 
 from hqlt_trainer.checkpoint import write_whole
 from hqlt_trainer.environment import environment, forget_peak_memory, reproducible
-from hqlt_trainer.loop import Callbacks, Replica, ReplicaFailedError
+from hqlt_trainer.loop import Callbacks, Cancelled, OnMetrics, OnRung, Replica, ReplicaFailedError
 from hqlt_trainer.tasks import build_task
 from hqlt_trainer.tasks.batch import TaskData
-
-OnRung = Callable[[int, int, dict[str, float]], bool]
-OnMetrics = Callable[[int, int, dict[str, float]], None]
 
 
 def run_trial(
@@ -31,7 +27,7 @@ def run_trial(
     on_rung: OnRung | None = None,
     *,
     on_metrics: OnMetrics | None = None,
-    cancelled: Callable[[], bool] | None = None,
+    cancelled: Cancelled | None = None,
 ) -> TrialResult:
     """Trains every seed of `trial`, one after the other, and returns a result for each.
 
