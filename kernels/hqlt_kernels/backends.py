@@ -83,19 +83,23 @@ def survey() -> list[Choice]:
 # Head dims that tiles of the Triton kernels are made for; rotary halves of 16 columns are the narrowest a dot takes.
 _TRITON_HEAD_DIMS = {"window_attention": (32, 64, 128), "blend": (32, 64, 128)}
 _TRITON_RULE_HEAD_DIMS = (16, 32, 64, 128)
+_TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile asks once and keeps the answer
 def _why_not_triton(
     operator: Operator, device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int
 ) -> str | None:
     """Why no Triton kernel can run `operator` here; None if one can."""
     if device.type != "cuda":
         return f"it needs a CUDA device, not {device.type}"
-    if importlib.util.find_spec("triton") is None:
+    if not _TRITON_IS_INSTALLED:
         return "the package triton is not installed"
     capability = torch.cuda.get_device_capability(device)
     if capability[0] != 9:
-        return f"the kernels are written and tested for Hopper (compute capability 9), not {capability[0]}.{capability[1]}"
+        return (
+            f"the kernels are written and tested for Hopper (compute capability 9), not {capability[0]}.{capability[1]}"
+        )
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"there is no kernel for {str(dtype).removeprefix('torch.')}"
     for width in (head_dim, value_dim):

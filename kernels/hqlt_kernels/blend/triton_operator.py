@@ -147,8 +147,8 @@ def blend_backward(
     )
     join()
     _, _, dbeta, dlog_decay = fast_weight.run_gradients(
-        q, k, v, beta, log_decay, gates, norms, states, writes, fw, final, dfw, dv, dstates, gradients,
-        feature, scale, read, shift,
+        q, k, v, beta, log_decay, q_features, k_features, gates, norms, states, writes, fw, final,
+        dfw, dv, dstates, gradients, feature, scale, read, shift,
     )  # fmt: skip
     return [*gradients, dbeta, dlog_decay, dgate]
 

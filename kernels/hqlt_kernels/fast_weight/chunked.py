@@ -146,7 +146,7 @@ class _Recurrence(torch.autograd.Function):
         written = K if strengths is None else K * strengths
         decay = None if log_decay is None else _Decay.of(log_decay, tiling, scale)
 
-        inverse, residuals = None, V
+        A, inverse, residuals = None, None, V
         if strengths is not None:
             A = K @ written.mT  # its upper triangle is never read
             if decay is not None:
@@ -199,7 +199,7 @@ class _Recurrence(torch.autograd.Function):
             P,
             inverse,
             states,
-            *(decay or ()),
+            *((A, *decay) if decay is not None else ()),
         )
 
     @staticmethod
@@ -220,7 +220,7 @@ class _Recurrence(torch.autograd.Function):
         tiling: Tiling = ctx.tiling
         scale: float = ctx.scale
         n_tiles, n_heads, length, m = tiling.n_tiles, ctx.n_heads, ctx.length, ctx.batch * ctx.n_heads
-        decay = _Decay(*decays) if decays else None
+        A, decay = (decays[0], _Decay(*decays[1:])) if decays else (None, None)
         start = m if ctx.starts_empty else 0
         # With respect to the last tile's end there is a gradient only if the final state was used.
         end = n_tiles * m if grad_final_state is not None else (n_tiles - 1) * m
@@ -260,41 +260,52 @@ class _Recurrence(torch.autograd.Function):
                     later = grad_states[next_tile]
                     grad_state += later if decay is None else later * decay.over_tile[tile]
 
+        links_read = links_write = None  # gradients of log decays between a write and what follows it in its tile
         if P is None:
             grad_q, grad_written = torch.zeros_like(Q), torch.zeros_like(written)
         else:
             grad_P = grad_answers @ residuals.mT
-            grad_P *= _read_mask(tiling, scale, Q) if decay is None else decay.between_read
+            if decay is None:
+                grad_P *= _read_mask(tiling, scale, Q)
+            else:
+                links_read = grad_P * P
+                grad_P *= decay.between_read
             grad_q, grad_written = grad_P @ written, grad_P.mT @ Q
         grad_k = grad_written
         if inverse is not None:
             grad_A = grad_values @ residuals.mT
             grad_A *= _minus_below_diagonal(tiling.writes, K)
             if decay is not None:
+                links_write = grad_A * A
                 grad_A *= decay.between_writes
             grad_k = grad_A @ written
             grad_written.baddbmm_(grad_A.mT, K)
-        # What went through the state at a tile's start, times what was left of it by then.
-        left = (None, None, None) if decay is None else (decay.until_read, decay.until_write, decay.after_write)
-        if start < n_tiles * m:
-            _add_product(grad_q, grad_answers, _read_states(states, m, tiling).mT, left[0], scale, slice(start, None))
-            if inverse is not None:
-                _add_product(grad_k, grad_values, states[: n_tiles * m].mT, left[1], -1, slice(start, None))
-        _add_product(grad_written, residuals, grad_states[m:].mT, left[2], 1, slice(None, end))
 
-        grad_beta = grad_log_decay = None
-        if decay is not None:
-            # Decay sums appear in exponents only, so their gradients are inner products that are known by now:
-            # positive where the sum ends (at a read, at a write's own look back, at the tile's end), negative where it
-            # starts. A sum contains every earlier log_decay of its tile: hence the reversed cumulative sum.
-            starts = (written * grad_written).sum(-1)
-            ends = -starts if inverse is None else (K * grad_k).sum(-1) - starts
-            by_token = ends.view(-1, tiling.n_tokens, tiling.n_writes).sum(-1)
-            reads = torch.tensor(tiling.tokens_read, device=Q.device)
-            asked = (Q * grad_q).sum(-1)
-            by_token.index_add_(1, reads[reads > 0] - 1, asked[:, reads > 0])
-            by_token[:end, -1] += (states[m : end + m] * grad_states[m : end + m]).sum((1, 2))
-            grad_log_decay = by_token.flip(1).cumsum(1).flip(1)
+        # What went through a state: its part in a gradient is the product of that state, times what was left of it.
+        before, after = slice(start, n_tiles * m), slice(None, end)
+        found = _read_states(states, m, tiling)[before].mT
+        grad_log_decay = None
+        if decay is None:
+            grad_q[before].baddbmm_(grad_answers[before], found, alpha=scale)
+            if inverse is not None:
+                grad_k[before].baddbmm_(grad_values[before], states[before].mT, alpha=-1)
+            grad_written[after].baddbmm_(residuals[after], grad_states[m : end + m].mT)
+        else:
+            part = (grad_answers[before] @ found).mul_(scale)
+            until_read = _add_part(grad_q, Q, part, decay.until_read, before)
+            until_write = None
+            if inverse is not None:
+                part = (grad_values[before] @ states[before].mT).neg_()
+                until_write = _add_part(grad_k, K, part, decay.until_write, before)
+            part = residuals[after] @ grad_states[m : end + m].mT
+            after_write = _add_part(grad_written, written, part, decay.after_write, after)
+            over_tile = torch.zeros_like(decay.over_tile)
+            kept = (states[start:end] * grad_states[start + m : end + m]).sum((1, 2), keepdim=True)
+            over_tile[start:end] = kept * decay.over_tile[start:end]
+            grad_log_decay = _grad_log_decay(
+                tiling, links_read, links_write, until_read, until_write, after_write, over_tile
+            )
+        grad_beta = None
         if strengths is not None:
             grad_beta = (grad_written * K).sum(-1)
             grad_k.addcmul_(grad_written, strengths)
@@ -389,12 +400,45 @@ def _read_states(states: Tensor, m: int, tiling: Tiling) -> Tensor:
     return by_tile[tiling.tiles_read].flatten(0, 1)
 
 
-def _add_product(target: Tensor, a: Tensor, b: Tensor, rows: Tensor | None, factor: float, where: slice) -> None:
-    """target += factor * rows * (a b), for the matrices `where`."""
-    if rows is None:
-        target[where].baddbmm_(a[where], b[where], alpha=factor)
-    else:
-        target[where].addcmul_(a[where] @ b[where], rows[where], value=factor)
+def _add_part(target: Tensor, x: Tensor, part: Tensor, left: Tensor, where: slice) -> Tensor:
+    """Adds `part` times `left` to the gradient `target` of x; returns the gradient of log(left), [tile B H, rows, 1]."""
+    part *= left[where]
+    target[where] += part
+    grad_log = torch.zeros_like(left)
+    grad_log[where] = (x[where] * part).sum(-1, keepdim=True)
+    return grad_log
+
+
+def _grad_log_decay(
+    tiling: Tiling,
+    links_read: Tensor | None,
+    links_write: Tensor | None,
+    until_read: Tensor,
+    until_write: Tensor | None,
+    after_write: Tensor,
+    over_tile: Tensor,
+) -> Tensor:
+    """From the gradients of the logarithms of what `_Decay` holds to that of log_decay, [tile B H, c].
+
+    The log_decay of a token is part of the sum between two points if it lies between them, so its gradient is a sum
+    over exactly those pairs. To sum up the gradients of all cumulative sums would be cheaper, but what cancels there
+    leaves its rounding behind: where decay is strong, nothing else.
+    """
+
+    def flags(rows: list[list[bool]]) -> Tensor:
+        return torch.tensor(rows, dtype=over_tile.dtype, device=over_tile.device)
+
+    tokens, writes = range(tiling.n_tokens), range(tiling.writes)
+    reaches_read = flags([[n_read > token for n_read in tiling.tokens_read] for token in tokens])
+    reaches_write = flags([[write // tiling.n_writes >= token for write in writes] for token in tokens])
+    follows_write = 1 - reaches_write
+    total = over_tile + reaches_read @ until_read + follows_write @ after_write
+    if until_write is not None:
+        total += reaches_write @ until_write
+    for reaches, links in ((reaches_read, links_read), (reaches_write, links_write)):
+        if links is not None:
+            total += (reaches @ links).mul_(follows_write).sum(-1, keepdim=True)
+    return total.squeeze(-1)
 
 
 def _to_tiles(x: Tensor, n_tiles: int, size: int) -> Tensor:

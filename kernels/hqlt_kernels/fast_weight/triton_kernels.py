@@ -75,27 +75,22 @@ def _store(at, x, ok, MASKED: tl.constexpr):
 
 
 @triton.jit
+def _sigmoid(x):
+    """1 / (1 + exp(-x)) by a reciprocal square root: a division takes three times the instructions."""
+    r = tl.rsqrt(1.0 + tl.exp2(x * -LOG2E))
+    return r * r
+
+
+@triton.jit
 def _activate(x, FEATURE: tl.constexpr):
     """The feature map before its l2 norm."""
     if FEATURE == SILU_L2:
-        x = x * tl.sigmoid(x)
+        x = x * _sigmoid(x)
     elif FEATURE == ELU_PLUS_ONE:
         x = tl.where(x > 0, x + 1, tl.exp(tl.minimum(x, 0.0)))
     elif FEATURE == RELU_L2:
         x = tl.maximum(x, 0.0)
     return x
-
-
-@triton.jit
-def _activate_backward(x, dy, FEATURE: tl.constexpr):
-    if FEATURE == SILU_L2:
-        s = tl.sigmoid(x)
-        dy = dy * (s + x * s * (1 - s))
-    elif FEATURE == ELU_PLUS_ONE:
-        dy = dy * tl.where(x > 0, 1.0, tl.exp(tl.minimum(x, 0.0)))
-    elif FEATURE == RELU_L2:
-        dy = tl.where(x > 0, dy, 0.0)
-    return dy
 
 
 @triton.jit
@@ -452,17 +447,26 @@ def reverse_scan_kernel(
 
 
 @triton.jit
-def _features_backward(x, dy, norm, inner, FEATURE: tl.constexpr):
-    """The gradient of x from that of y = phi(x); inner = <y, dy> and norm are of whole rows, x may be a slice."""
+def _features_backward(x, y, dy, norm, inner, FEATURE: tl.constexpr):
+    """The gradient of x from that of y = phi(x); inner = <y, dy> and norm are of whole rows, the rest may be a slice."""
     if FEATURE == SILU_L2 or FEATURE == RELU_L2:
-        dy = (dy - _activate(x, FEATURE) * (norm * inner)[:, None]) * norm[:, None]
-    return _activate_backward(x, dy, FEATURE)
+        dy = (dy - y * inner[:, None]) * norm[:, None]
+    if FEATURE == SILU_L2:
+        s = _sigmoid(x)
+        dy *= s * (1 + x * (1 - s))
+    elif FEATURE == ELU_PLUS_ONE:
+        dy *= tl.where(x > 0, 1.0, y)
+    elif FEATURE == RELU_L2:
+        dy = tl.where(x > 0, dy, 0.0)
+    return dy
 
 
 @triton.jit
 def gradient_kernel(
     q,
     k,
+    q_features,
+    k_features,
     v,
     beta,
     gates,
@@ -501,7 +505,7 @@ def gradient_kernel(
 ):
     """dq, dk before the feature map, dbeta, and dlog_decay [K / BK, B, T, H], a part from each slice of K.
 
-    q, k are the inputs, not the features; final is the state after the last tile. With ADD, dq, dk and dv are added to
+    q_features, k_features from prepare_kernel, q with the scale; final is the state after the last tile. With ADD, dq, dk and dv are added to
     what stands in dq, dk and dv_sum. Grid (NT * K / BK, B * H).
     """
     NK: tl.constexpr = K // BK
@@ -531,7 +535,7 @@ def gradient_kernel(
         U = _load(writes + row * V + rows, ok, MASKED)
         b = tl.load(beta + row + i * H, mask=ok, other=1.0).to(tl.float32)
         b = tl.where(tl.abs(b) < TINY, TINY, b)
-        bdb = tl.sum(dR.to(tl.float32) * (U.to(tl.float32) / b[:, None]), 1)
+        bdb = tl.sum(dR.to(tl.float32) * (1 / b)[:, None] * U.to(tl.float32), 1)
         if part == 0:
             tl.store(dbeta + row + i * H, (bdb / b).to(dbeta.dtype.element_ty), mask=ok)
         inner_k = 2 * bdb - inner_v
@@ -555,15 +559,13 @@ def gradient_kernel(
     acc = tl.dot(dob, tl.trans(S), input_precision=PREC)
     if DECAY:
         acc *= tl.exp2(gq)[:, None]
-    yk = _activate(_load(k + row_k * K + cols, ok_k, MASKED).to(tl.float32), FEATURE) * norm_k[:, None]
-    if FEATURE == ELU_PLUS_ONE and MASKED:
-        yk = tl.where(ok_k[:, None], yk, 0.0)
-    yk = yk.to(dob.dtype)
+    yk = _load(k_features + row * K + cols, ok, MASKED)
     if LOCAL:
         acc = tl.dot(P, yk, acc, input_precision=PREC)
+    yq = _load(q_features + row * K + cols, ok, MASKED)
     x = _load(q + row * K + cols, ok, MASKED).to(tl.float32)
-    yq = (_activate(x, FEATURE) * (norm_q * scale)[:, None]).to(dob.dtype)
-    dx = _features_backward(x, acc * scale, norm_q, inner_q, FEATURE)
+    # With y = q_features / scale and dy = acc * scale.
+    dx = _features_backward(x, yq.to(tl.float32) * (1 / scale), acc * scale, norm_q, inner_q, FEATURE)
     if ADD:
         dx += _load(dq + row * K + cols, ok, MASKED).to(tl.float32)
     _store(dq + row * K + cols, dx, ok, MASKED)
@@ -597,7 +599,7 @@ def gradient_kernel(
     if LOCAL:
         acc = tl.dot(PT, yq, acc, input_precision=PREC)
     x = _load(k + row_k * K + cols, ok_k, MASKED).to(tl.float32)
-    dx = _features_backward(x, acc, norm_k, inner_k, FEATURE)
+    dx = _features_backward(x, yk.to(tl.float32), acc, norm_k, inner_k, FEATURE)
     if ADD:
         dx += _load(dk + row_k * K + cols, ok_k, MASKED).to(tl.float32)
         own = row_k * V + i[:, None] * (H * V) + (part * (V // NK) + tl.arange(0, V // NK))[None, :]

@@ -220,8 +220,8 @@ def fast_weight_backward(
         q, v, beta, log_decay, q_features, k_features, transfer, gates, do, dfinal, read, shift
     )
     dq, dk, dbeta, dlog_decay = run_gradients(
-        q, k, v, beta, log_decay, gates, norms, states, writes, o, final, do, dv, dstates, None,
-        feature, scale, read, shift,
+        q, k, v, beta, log_decay, q_features, k_features, gates, norms, states, writes, o, final,
+        do, dv, dstates, None, feature, scale, read, shift,
     )  # fmt: skip
     if shift:  # the last tokens are never written
         dk[:, -shift:].zero_()
@@ -266,6 +266,8 @@ def run_gradients(
     v: Tensor,
     beta: Tensor | None,
     log_decay: Tensor | None,
+    q_features: Tensor,
+    k_features: Tensor,
     gates: Tensor,
     norms: Tensor,
     states: Tensor,
@@ -291,8 +293,8 @@ def run_gradients(
     n_slices = key_dim // launch.gradient.block
     dlog_decay_parts = q.new_empty(n_slices, *(() if log_decay is None else log_decay.shape), dtype=torch.float32)
     kernels.gradient_kernel[(tiling.n_tiles * n_slices, batch * n_heads)](
-        q, k, v, beta, gates, norms, o, do, dv, writes, states, final, dstates, dq, dk, dv_sum, dbeta, dlog_decay_parts,
-        n_tokens, tiling.n_tiles, scale,
+        q, k, q_features, k_features, v, beta, gates, norms, o, do, dv, writes, states, final, dstates,
+        dq, dk, dv_sum, dbeta, dlog_decay_parts, n_tokens, tiling.n_tiles, scale,
         K=key_dim, V=value_dim, BK=launch.gradient.block, FEATURE=feature, TINY=_tiny(q.dtype), ADD=add_to is not None,
         **_constants(q, beta, log_decay, launch, tiling, read, shift),
         num_warps=launch.gradient.warps, num_stages=launch.gradient.stages,
