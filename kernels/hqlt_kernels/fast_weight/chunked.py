@@ -401,7 +401,7 @@ def _read_states(states: Tensor, m: int, tiling: Tiling) -> Tensor:
 
 
 def _add_part(target: Tensor, x: Tensor, part: Tensor, left: Tensor, where: slice) -> Tensor:
-    """Adds `part` times `left` to the gradient `target` of x; returns the gradient of log(left), [tile B H, rows, 1]."""
+    """Adds `part` times `left` to the gradient `target` of `x`; returns the gradient of log(left)."""
     part *= left[where]
     target[where] += part
     grad_log = torch.zeros_like(left)
