@@ -1,13 +1,14 @@
 """Triton kernels of window attention, forward and a backward without atomics.
 
-Queries and keys are cut into tiles of BT tokens. A query tile sees N_TILES key tiles, its own the last (N_TILES = 0: as
-many as the window needs, found at run time). Scores are kept times log2(e), so that exp2 gives the probabilities:
+A program takes a tile of BT queries and N_BLOCKS blocks of BN keys that end with it (dk and dv: a tile of keys and
+blocks of queries that begin with it); N_BLOCKS = 0: as many as the window needs, found at run time. Scores are kept
+times log2(e), so that exp2 gives the probabilities:
 
     S = scale log2(e) q k^T      P = exp2(S - lse)      o = P v
     dP = do v^T      dS = P (dP - rowsum(do o))      dq = scale dS k      dk = scale dS^T q      dv = P^T do
 
 Rotary embedding: an inner product depends on the distance of two positions only, so a tile pair is turned by positions
-relative to the query tile's start, from a table of N_TILES * BT rows that stays in cache, whatever the sequence length.
+relative to the first of them, from a table of N_BLOCKS * BN rows that stays in cache, whatever the sequence length.
 Entries d and d + D/2 form a plane, so vectors are held in halves and their inner products add.
 
 dk and dv compute the transposed scores k q^T: a transposed accumulator as operand of a dot is miscompiled on Hopper by
@@ -69,14 +70,15 @@ def _visible(query, key, window, phase, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _attend(
-    q1, q2, m, norm, acc, k, v, first, query, n, n_keys, i, turn, cos, sin, scale, window, phase,
-    H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BT: tl.constexpr,
+    q1, q2, m, norm, acc, k, v, first, query, start, n_keys, turn, cos, sin, scale, window, phase,
+    H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BN: tl.constexpr,
     ALIGNED: tl.constexpr, ROPE: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """One step of the running softmax: key tile n."""
-    key = n * BT + i
+    """One step of the running softmax: BN keys from `start`."""
+    i = tl.arange(0, BN)
+    key = start + i
     ok = (key >= 0) & (key < n_keys)
-    row = first + n * (BT * H)
+    row = first + start * H
     k1, k2 = _turned_halves(k, row, i, ok, turn, cos, sin, H, D, ROPE)
     vb = tl.load(v + row * V + i[:, None] * (H * V) + tl.arange(0, V)[None, :], mask=ok[:, None], other=0.0)
     s = tl.dot(q1, tl.trans(k1), input_precision=PREC)
@@ -92,20 +94,20 @@ def _attend(
 
 
 @triton.jit
-def _first_tile(query, window, phase, BT: tl.constexpr, ALIGNED: tl.constexpr):
-    """The first key tile that a query sees anything of."""
+def _first_block(query, window, phase, BN: tl.constexpr, ALIGNED: tl.constexpr):
+    """The first block of BN keys that a query sees anything of."""
     if ALIGNED:
         key = query - (phase + query) % window
     else:
         key = query - window + 1
-    return tl.maximum(key, 0) // BT
+    return tl.maximum(key, 0) // BN
 
 
 @triton.jit
 def forward_kernel(
     q, k, v, cos, sin, o, lse, n_queries, n_keys, window, phase, scale,
-    H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BT: tl.constexpr,
-    N_TILES: tl.constexpr, ALIGNED: tl.constexpr, ROPE: tl.constexpr, PREC: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
+    N_BLOCKS: tl.constexpr, ALIGNED: tl.constexpr, ROPE: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """o [B, T, H, V] and lse [B * H, T], in units of log2. q [B, T, H, D]; k, v [B, L, H, ...]. Grid (tiles, B * H)."""
     c = tl.program_id(0)
@@ -115,25 +117,25 @@ def forward_kernel(
     row = ((bh // H) * n_queries + c * BT) * H + bh % H
     first = (bh // H) * n_keys * H + bh % H  # row of key 0
     query = n_keys - n_queries + c * BT + i
-    own: tl.constexpr = (N_TILES - 1) * BT if N_TILES > 0 else 0  # row of the table for a query tile's first token
+    own: tl.constexpr = N_BLOCKS * BN - BT if N_BLOCKS > 0 else 0  # row of the table for a query tile's first token
     q1, q2 = _turned_halves(q, row, i, ok, own, cos, sin, H, D, ROPE)
     m = tl.full((BT,), NEVER, tl.float32)
     norm = tl.zeros((BT,), tl.float32)
     acc = tl.zeros((BT, V), tl.float32)
-    if N_TILES > 0:
-        for t in range(N_TILES):
+    start = n_keys - n_queries + c * BT
+    if N_BLOCKS > 0:
+        for t in range(N_BLOCKS):
             m, norm, acc = _attend(
-                q1, q2, m, norm, acc, k, v, first, query, c - N_TILES + 1 + t, n_keys, i, t * BT, cos, sin,
-                scale, window, phase, H, D, V, BT, ALIGNED, ROPE, PREC,
+                q1, q2, m, norm, acc, k, v, first, query, start - own + t * BN, n_keys, t * BN, cos, sin,
+                scale, window, phase, H, D, V, BN, ALIGNED, ROPE, PREC,
             )  # fmt: skip
     else:
-        start = n_keys - n_queries + c * BT
         for n in range(
-            _first_tile(start, window, phase, BT, ALIGNED), tl.minimum(start + BT - 1, n_keys - 1) // BT + 1
+            _first_block(start, window, phase, BN, ALIGNED), tl.minimum(start + BT - 1, n_keys - 1) // BN + 1
         ):
             m, norm, acc = _attend(
-                q1, q2, m, norm, acc, k, v, first, query, n, n_keys, i, 0, cos, sin,
-                scale, window, phase, H, D, V, BT, ALIGNED, False, PREC,
+                q1, q2, m, norm, acc, k, v, first, query, n * BN, n_keys, 0, cos, sin,
+                scale, window, phase, H, D, V, BN, ALIGNED, False, PREC,
             )  # fmt: skip
     norm = tl.where(ok, norm, 1.0)
     at = o + row * V + i[:, None] * (H * V) + tl.arange(0, V)[None, :]
@@ -143,14 +145,15 @@ def forward_kernel(
 
 @triton.jit
 def _query_step(
-    q1, q2, dob, top, delta, acc1, acc2, k, v, first, query, n, n_keys, i, turn, cos, sin, scale, window, phase,
-    H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BT: tl.constexpr,
+    q1, q2, dob, top, delta, acc1, acc2, k, v, first, query, start, n_keys, turn, cos, sin, scale, window, phase,
+    H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BN: tl.constexpr,
     ALIGNED: tl.constexpr, ROPE: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """dq from key tile n, without the scale."""
-    key = n * BT + i
+    """dq from BN keys from `start`, without the scale."""
+    i = tl.arange(0, BN)
+    key = start + i
     ok = (key >= 0) & (key < n_keys)
-    row = first + n * (BT * H)
+    row = first + start * H
     k1, k2 = _turned_halves(k, row, i, ok, turn, cos, sin, H, D, ROPE)
     vb = tl.load(v + row * V + i[:, None] * (H * V) + tl.arange(0, V)[None, :], mask=ok[:, None], other=0.0)
     s = tl.dot(q1, tl.trans(k1), input_precision=PREC)
@@ -166,8 +169,8 @@ def _query_step(
 @triton.jit
 def query_gradient_kernel(
     q, k, v, cos, sin, o, do, lse, delta, dq, n_queries, n_keys, window, phase, scale,
-    H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BT: tl.constexpr,
-    N_TILES: tl.constexpr, ALIGNED: tl.constexpr, ROPE: tl.constexpr, PREC: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
+    N_BLOCKS: tl.constexpr, ALIGNED: tl.constexpr, ROPE: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """dq, and delta [B * H, T] = rowsum(do o) for the other kernel. Grid (tiles of queries, B * H)."""
     c = tl.program_id(0)
@@ -177,7 +180,7 @@ def query_gradient_kernel(
     row = ((bh // H) * n_queries + c * BT) * H + bh % H
     first = (bh // H) * n_keys * H + bh % H
     query = n_keys - n_queries + c * BT + i
-    own: tl.constexpr = (N_TILES - 1) * BT if N_TILES > 0 else 0
+    own: tl.constexpr = N_BLOCKS * BN - BT if N_BLOCKS > 0 else 0
     at = row * V + i[:, None] * (H * V) + tl.arange(0, V)[None, :]
     dob = tl.load(do + at, mask=ok[:, None], other=0.0)
     inner = tl.sum(dob.to(tl.float32) * tl.load(o + at, mask=ok[:, None], other=0.0).to(tl.float32), 1)
@@ -186,34 +189,35 @@ def query_gradient_kernel(
     q1, q2 = _turned_halves(q, row, i, ok, own, cos, sin, H, D, ROPE)
     acc1 = tl.zeros((BT, D // 2), tl.float32)
     acc2 = tl.zeros((BT, D // 2), tl.float32)
-    if N_TILES > 0:
-        for t in range(N_TILES):
+    start = n_keys - n_queries + c * BT
+    if N_BLOCKS > 0:
+        for t in range(N_BLOCKS):
             acc1, acc2 = _query_step(
-                q1, q2, dob, top, inner, acc1, acc2, k, v, first, query, c - N_TILES + 1 + t, n_keys, i, t * BT,
-                cos, sin, scale, window, phase, H, D, V, BT, ALIGNED, ROPE, PREC,
+                q1, q2, dob, top, inner, acc1, acc2, k, v, first, query, start - own + t * BN, n_keys, t * BN,
+                cos, sin, scale, window, phase, H, D, V, BN, ALIGNED, ROPE, PREC,
             )  # fmt: skip
     else:
-        start = n_keys - n_queries + c * BT
         for n in range(
-            _first_tile(start, window, phase, BT, ALIGNED), tl.minimum(start + BT - 1, n_keys - 1) // BT + 1
+            _first_block(start, window, phase, BN, ALIGNED), tl.minimum(start + BT - 1, n_keys - 1) // BN + 1
         ):
             acc1, acc2 = _query_step(
-                q1, q2, dob, top, inner, acc1, acc2, k, v, first, query, n, n_keys, i, 0,
-                cos, sin, scale, window, phase, H, D, V, BT, ALIGNED, False, PREC,
+                q1, q2, dob, top, inner, acc1, acc2, k, v, first, query, n * BN, n_keys, 0,
+                cos, sin, scale, window, phase, H, D, V, BN, ALIGNED, False, PREC,
             )  # fmt: skip
     _store_turned_back(dq, row, i, ok, own, cos, sin, acc1 * scale, acc2 * scale, H, D, ROPE)
 
 
 @triton.jit
 def _key_step(
-    k1, k2, vb, acc1, acc2, accv, q, do, lse, delta, first, key, n, n_queries, offset, i, turn, cos, sin, scale,
-    window, phase, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BT: tl.constexpr,
+    k1, k2, vb, acc1, acc2, accv, q, do, lse, delta, first, key, start, n_queries, offset, turn, cos, sin, scale,
+    window, phase, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BN: tl.constexpr,
     ALIGNED: tl.constexpr, ROPE: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """dk (without the scale) and dv from query tile n; scores are transposed, [key, query]."""
-    token = n * BT + i
+    """dk (without the scale) and dv from BN queries from `start`; scores are transposed, [key, query]."""
+    i = tl.arange(0, BN)
+    token = start + i
     ok = token < n_queries
-    row = first + n * (BT * H)
+    row = first + start * H
     q1, q2 = _turned_halves(q, row, i, ok, turn, cos, sin, H, D, ROPE)
     dob = tl.load(do + row * V + i[:, None] * (H * V) + tl.arange(0, V)[None, :], mask=ok[:, None], other=0.0)
     top = tl.load(lse + token, mask=ok, other=0.0)
@@ -232,8 +236,8 @@ def _key_step(
 @triton.jit
 def key_value_gradient_kernel(
     q, k, v, cos, sin, do, lse, delta, dk, dv, n_queries, n_keys, window, phase, scale,
-    H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BT: tl.constexpr,
-    N_TILES: tl.constexpr, ALIGNED: tl.constexpr, ROPE: tl.constexpr, PREC: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
+    N_BLOCKS: tl.constexpr, ALIGNED: tl.constexpr, ROPE: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """dk and dv. Grid (tiles of keys, B * H)."""
     c = tl.program_id(0)
@@ -250,11 +254,11 @@ def key_value_gradient_kernel(
     acc1 = tl.zeros((BT, D // 2), tl.float32)
     acc2 = tl.zeros((BT, D // 2), tl.float32)
     accv = tl.zeros((BT, V), tl.float32)
-    if N_TILES > 0:
-        for t in range(N_TILES):
+    if N_BLOCKS > 0:
+        for t in range(N_BLOCKS):
             acc1, acc2, accv = _key_step(
-                k1, k2, vb, acc1, acc2, accv, q, do, lse + bh * n_queries, delta + bh * n_queries, first, key, c + t,
-                n_queries, offset, i, t * BT, cos, sin, scale, window, phase, H, D, V, BT, ALIGNED, ROPE, PREC,
+                k1, k2, vb, acc1, acc2, accv, q, do, lse + bh * n_queries, delta + bh * n_queries, first, key,
+                c * BT + t * BN, n_queries, offset, t * BN, cos, sin, scale, window, phase, H, D, V, BN, ALIGNED, ROPE, PREC,
             )  # fmt: skip
     else:
         if ALIGNED:
@@ -263,10 +267,10 @@ def key_value_gradient_kernel(
         else:
             last = c * BT + BT + window - 2
         last = tl.minimum(last, n_keys - 1) - offset
-        for n in range(tl.maximum(c * BT - offset, 0) // BT, last // BT + 1):
+        for n in range(tl.maximum(c * BT - offset, 0) // BN, last // BN + 1):
             acc1, acc2, accv = _key_step(
-                k1, k2, vb, acc1, acc2, accv, q, do, lse + bh * n_queries, delta + bh * n_queries, first, key, n,
-                n_queries, offset, i, 0, cos, sin, scale, window, phase, H, D, V, BT, ALIGNED, False, PREC,
+                k1, k2, vb, acc1, acc2, accv, q, do, lse + bh * n_queries, delta + bh * n_queries, first, key,
+                n * BN, n_queries, offset, 0, cos, sin, scale, window, phase, H, D, V, BN, ALIGNED, False, PREC,
             )  # fmt: skip
     _store_turned_back(dk, row, i, ok, 0, cos, sin, acc1 * scale, acc2 * scale, H, D, ROPE)
     at = dv + row * V + i[:, None] * (H * V) + tl.arange(0, V)[None, :]

@@ -13,9 +13,9 @@ from hqlt_kernels.window_attention import triton_kernels as kernels
 HEAD_DIMS = (32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-# Up to this many key tiles the loop is unrolled and keys are turned inside: a key is then turned N_TILES times, and
-# beyond three it is cheaper to turn all of them once.
-MAX_UNROLLED_TILES = 3
+# Windows that reach over more keys than this are looped over at run time, and queries and keys are turned before: here
+# a key is turned once for each query tile that sees it.
+LARGEST_REACH = 256
 
 
 def window_attention(
@@ -63,7 +63,7 @@ def run_forward(
 ) -> tuple[Tensor, Tensor]:
     """o and lse (log2 of the sum of exponentials). rope_base 0 is no rotary embedding."""
     o, lse = _forward_outputs(q, v)
-    plan = _Plan(q, k, v, window, rope_base, aligned)
+    plan = _Plan(q, k, v, window, rope_base, aligned, phase)
     if plan.turned_before:
         q, k = _turn_all(q, rope_base, k.shape[1] - q.shape[1], back=False), _turn_all(k, rope_base, 0, back=False)
     kernels.forward_kernel[(triton.cdiv(q.shape[1], plan.tile), q.shape[0] * q.shape[2])](
@@ -91,7 +91,7 @@ def run_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv."""
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    plan = _Plan(q, k, v, window, rope_base, aligned)
+    plan = _Plan(q, k, v, window, rope_base, aligned, phase)
     offset = k.shape[1] - q.shape[1]
     if plan.turned_before:
         q, k = _turn_all(q, rope_base, offset, back=False), _turn_all(k, rope_base, 0, back=False)
@@ -103,7 +103,7 @@ def run_backward(
     )  # fmt: skip
     kernels.key_value_gradient_kernel[(triton.cdiv(k.shape[1], plan.tile), q.shape[0] * q.shape[2])](
         q, k, v, plan.cos, plan.sin, do, lse, delta, dk, dv, *sizes, **plan.constants,
-        num_warps=4, num_stages=1,
+        num_warps=4, num_stages=plan.stages,
     )  # fmt: skip
     if plan.turned_before:
         dq, dk = _turn_all(dq, rope_base, offset, back=True), _turn_all(dk, rope_base, 0, back=True)
@@ -116,23 +116,30 @@ window_backward = torch.library.custom_op("hqlt::window_backward", run_backward,
 class _Plan:
     """How the kernels are launched for one call."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, window: int, rope_base: float, aligned: bool) -> None:
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, window: int, rope_base: float, aligned: bool, phase: int
+    ) -> None:
         head_dim = q.shape[-1]
-        self.tile = 32 if q.dtype == torch.float32 else 64
-        self.stages = 2 if q.dtype != torch.float32 else 1
-        tiles = 1 + triton.cdiv(window - 1, self.tile)
-        unrolled = tiles <= MAX_UNROLLED_TILES and k.shape[1] == q.shape[1]
-        self.turned_before = rope_base > 0 and not unrolled
-        rope = rope_base > 0 and unrolled
+        self.tile = tile = 32 if q.dtype == torch.float32 else 64
+        own_chunks = aligned and tile % window == 0 and phase % window == 0
+        reach = tile if own_chunks else tile + window - 1  # keys that one tile of queries sees
+        fixed = reach <= LARGEST_REACH and k.shape[1] == q.shape[1]
+        block = tile
+        blocks = triton.cdiv(reach, block) if fixed else 0
+        self.turned_before = rope_base > 0 and not fixed
+        self.stages = 1 if fixed or q.dtype == torch.float32 else 2
+        rope = rope_base > 0 and fixed
         # Half-precision angles: a quarter of bfloat16's rounding, and half the traffic of the cache they stay in.
         precision = torch.float32 if q.dtype == torch.float32 else torch.float16
-        self.cos, self.sin = _table(rope_base, tiles * self.tile, head_dim, 0, q.device, precision) if rope else (q, q)
+        table = _table(rope_base, blocks * block, head_dim, 0, q.device, precision) if rope else (q, q)
+        self.cos, self.sin = table
         self.constants: dict[str, Any] = {
             "H": q.shape[2],
             "D": head_dim,
             "V": v.shape[-1],
-            "BT": self.tile,
-            "N_TILES": tiles if unrolled else 0,
+            "BT": tile,
+            "BN": block,
+            "N_BLOCKS": blocks,
             "ALIGNED": aligned,
             "ROPE": rope,
             "PREC": "tf32x3" if q.dtype == torch.float32 else "tf32",
