@@ -109,4 +109,4 @@ def blend(
     if not return_state:
         return kv, fw, None
     assert fw_state is not None
-    return kv, fw, BlendState(fw_state, recent, position + n_tokens)
+    return kv, fw, BlendState(fw_state, recent.copy(), position + n_tokens)

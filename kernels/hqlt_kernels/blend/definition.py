@@ -104,5 +104,5 @@ def blend(
         _, written = fw_memory(position, new[:1], position, read_before=True)
         fw_state = torch.zeros_like(written)
     assert recent is not None
-    next_state = BlendState(fw_state, recent, position) if return_state else None
+    next_state = BlendState(fw_state, recent.copy(), position) if return_state else None
     return torch.cat(kv_answers, 1), torch.cat(fw_answers, 1), next_state

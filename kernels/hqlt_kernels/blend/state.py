@@ -41,6 +41,11 @@ class Tokens:
             log_decay = torch.cat([earlier.log_decay, self.log_decay], 1)
         return Tokens(torch.cat([earlier.k, self.k], 1), torch.cat([earlier.v, self.v], 1), beta, log_decay)
 
+    def copy(self) -> "Tokens":
+        """The same in memory of its own: a slice would keep the whole sequence alive that it was cut from."""
+        beta = None if self.beta is None else self.beta.clone()
+        return Tokens(self.k.clone(), self.v.clone(), beta, None if self.log_decay is None else self.log_decay.clone())
+
     def last_writes(self) -> "Tokens":
         """What KV-memory sees: the key and value of each token's last write, without strengths."""
         if self.k.dim() == 4:
