@@ -315,6 +315,17 @@ def test_two_runs_are_equal_to_the_bit():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("read_chunk", [None, 4, 30])
+def test_without_gradients_the_answers_are_the_same_to_the_bit(read_chunk):
+    case = make_case("gated_delta", length=100)
+    q, k, v, beta, log_decay, _ = case.tensors
+    with torch.no_grad():
+        alone = fast_weight(q, k, v, beta=beta, log_decay=log_decay, feature_map="silu_l2", read_chunk=read_chunk)
+    q.requires_grad_()
+    kept = fast_weight(q, k, v, beta=beta, log_decay=log_decay, feature_map="silu_l2", read_chunk=read_chunk)
+    assert all(torch.equal(a, b) for a, b in zip(alone, kept, strict=True))
+
+
 def test_inputs_need_not_be_contiguous():
     case = make_case("gated_delta", length=40)
     scattered = tuple(x.transpose(0, -1).contiguous().transpose(0, -1) for x in case.tensors)

@@ -56,7 +56,8 @@ def fast_weight(
         k, values = k.flatten(1, 2), values.flatten(1, 2)
         strengths = None if strengths is None else strengths.flatten(1, 2)
     tiling = Tiling.of(n_tokens, n_writes, k.shape[-1], read_chunk)
-    outputs = _Recurrence.apply(q, k, values, strengths, decays, state, scale, tiling)  # type: ignore[no-untyped-call]
+    saves = torch.is_grad_enabled()
+    outputs = _Recurrence.apply(q, k, values, strengths, decays, state, scale, tiling, saves)  # type: ignore[no-untyped-call]
     return outputs[0].to(v.dtype), outputs[1]
 
 
@@ -120,7 +121,7 @@ class Tiling:
 
 @quick_to_apply
 class _Recurrence(torch.autograd.Function):
-    """q, k, v, beta, log_decay, initial_state, scale, tiling -> o, final state, and what the backward needs.
+    """q, k, v, beta, log_decay, initial_state, scale, tiling, saves -> o, final state, then what the backward needs.
 
     The writes of a token lie on the time axis: k [B, T n, H, K], v [B, T n, H, V], beta [B, T n, H]. Inside, tiles lie
     [tile B H, token, width], so that a step of the scan is one product of contiguous batches of B H matrices. Writing
@@ -137,6 +138,7 @@ class _Recurrence(torch.autograd.Function):
         initial_state: Tensor | None,
         scale: float,
         tiling: Tiling,
+        saves: bool,
     ) -> tuple[Tensor | None, ...]:
         batch, length, n_heads, key_width = q.shape
         m, n_tiles = batch * n_heads, tiling.n_tiles
@@ -152,6 +154,8 @@ class _Recurrence(torch.autograd.Function):
             if decay is not None:
                 A *= decay.between_writes
             inverse, residuals = _unit_lower_inverse(A), torch.empty_like(V)
+            if decay is None or not saves:
+                A = None  # its memory serves what follows
         keys_now, written_later = (
             (K, written) if decay is None else (K * decay.until_write, written * decay.after_write)
         )
@@ -175,6 +179,8 @@ class _Recurrence(torch.autograd.Function):
                 torch.mul(state, decay.over_tile[tile], out=next_state)
                 next_state.baddbmm_(written_later[tile].mT, residual)
 
+        if not saves:
+            inverse = None
         P = None
         if tiling.reads_itself:
             P = Q @ written.mT
@@ -188,8 +194,11 @@ class _Recurrence(torch.autograd.Function):
             found = _read_states(states, m, tiling)
             answers[start:].baddbmm_(queries[start:], found[start:], alpha=scale)
         final_state = states[n_tiles * m :].reshape(batch, n_heads, key_width, -1).clone()
+        o = _from_tiles(answers, n_tiles, n_heads, length)
+        if not saves:
+            return o, final_state
         return (
-            _from_tiles(answers, n_tiles, n_heads, length),
+            o,
             final_state,
             Q,
             K,
@@ -204,7 +213,7 @@ class _Recurrence(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        q, _, _, _, _, initial_state, ctx.scale, ctx.tiling = inputs
+        q, _, _, _, _, initial_state, ctx.scale, ctx.tiling, _ = inputs
         ctx.batch, ctx.length, ctx.n_heads, _ = q.shape
         ctx.starts_empty = initial_state is None
         ctx.mark_non_differentiable(*(x for x in output[2:] if x is not None))
@@ -317,6 +326,7 @@ class _Recurrence(torch.autograd.Function):
             None if grad_beta is None else _from_tiles(grad_beta, n_tiles, n_heads, n_writes),
             None if grad_log_decay is None else _from_tiles(grad_log_decay, n_tiles, n_heads, length),
             grad_states[:m].view(ctx.batch, n_heads, *states.shape[1:]) if start == 0 else None,
+            None,
             None,
             None,
         )

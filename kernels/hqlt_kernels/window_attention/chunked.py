@@ -24,7 +24,8 @@ def window_attention(
     """The same as `definition.window_attention`, by blocks of queries."""
     dtype = compute_dtype(q, k, v)
     view = View(q.shape[1], k.shape[1], window, chunk_aligned, position)
-    outputs = _Attention.apply(q.to(dtype), k.to(dtype), v.to(dtype), scale, view)  # type: ignore[no-untyped-call]
+    inputs = q.to(dtype), k.to(dtype), v.to(dtype)
+    outputs = _Attention.apply(*inputs, scale, view, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
     o: Tensor = outputs[0]
     return o.to(v.dtype)
 
@@ -69,23 +70,27 @@ class View:
 
 @quick_to_apply
 class _Attention(torch.autograd.Function):
-    """q, k, v, scale, view -> o, then what the backward needs. Inside, [B H, T, width]."""
+    """q, k, v, scale, view, saves -> o, then if `saves` what the backward needs. Inside, [B H, T, width]."""
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, view: View) -> tuple[Tensor, ...]:
+    def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, view: View, saves: bool) -> tuple[Tensor, ...]:
         n_heads = q.shape[2]
         Q, K, V = _by_head(q), _by_head(k), _by_head(v)
-        weights, answers = [], []
-        for queries, keys in view.blocks():
-            weights.append(_weights(Q, K, scale, view, queries, keys))
-            answers.append(weights[-1] @ V[:, keys])
-        o = answers[0] if len(answers) == 1 else torch.cat(answers, 1)
-        saved = weights if sum(w.numel() for w in weights) <= LARGEST_SAVED else []
-        return _by_token(o, n_heads), Q, K, V, *saved
+        blocks = view.blocks()
+        n_weights = sum((queries.stop - queries.start) * (keys.stop - keys.start) for queries, keys in blocks)
+        keeps_weights = saves and n_weights * Q.shape[0] <= LARGEST_SAVED
+        kept, answers = [], []
+        for queries, keys in blocks:
+            weights = _weights(Q, K, scale, view, queries, keys)
+            answers.append(weights @ V[:, keys])
+            if keeps_weights:
+                kept.append(weights)
+        o = _by_token(answers[0] if len(answers) == 1 else torch.cat(answers, 1), n_heads)
+        return (o, Q, K, V, *kept) if saves else (o,)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *_, ctx.scale, ctx.view = inputs
+        *_, ctx.scale, ctx.view, _ = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(*output[1:])
         ctx.set_materialize_grads(False)
@@ -94,7 +99,7 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_o: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_o is None:
-            return None, None, None, None, None
+            return None, None, None, None, None, None
         Q, K, V, *weights = ctx.saved_tensors
         view: View = ctx.view
         n_heads = grad_o.shape[2]
@@ -111,7 +116,7 @@ class _Attention(torch.autograd.Function):
         spans = [keys for _, keys in blocks]
         grad_q = grads_q[0] if len(blocks) == 1 else torch.cat(grads_q, 1)
         grad_k, grad_v = _sum_of_spans(grads_k, spans, K), _sum_of_spans(grads_v, spans, V)
-        return _by_token(grad_q, n_heads), _by_token(grad_k, n_heads), _by_token(grad_v, n_heads), None, None
+        return _by_token(grad_q, n_heads), _by_token(grad_k, n_heads), _by_token(grad_v, n_heads), None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
