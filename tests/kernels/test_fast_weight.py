@@ -326,6 +326,14 @@ def test_without_gradients_the_answers_are_the_same_to_the_bit(read_chunk):
     assert all(torch.equal(a, b) for a, b in zip(alone, kept, strict=True))
 
 
+def test_what_inference_has_remembered_serves_training():
+    case = make_case("delta", length=29)  # a length that no other test has
+    q, k, v, beta, _, _ = case.tensors
+    with torch.inference_mode():
+        fast_weight(q, k, v, beta=beta, feature_map="silu_l2")
+    assert_equal_in_float64(case)
+
+
 def test_inputs_need_not_be_contiguous():
     case = make_case("gated_delta", length=40)
     scattered = tuple(x.transpose(0, -1).contiguous().transpose(0, -1) for x in case.tensors)

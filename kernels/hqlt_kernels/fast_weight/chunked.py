@@ -184,7 +184,7 @@ class _Recurrence(torch.autograd.Function):
         P = None
         if tiling.reads_itself:
             P = Q @ written.mT
-            P *= _read_mask(tiling, scale, q) if decay is None else decay.between_read
+            P *= _read_mask(tiling, scale, q.dtype, q.device) if decay is None else decay.between_read
             answers = P @ residuals
         else:
             answers = q.new_zeros(*Q.shape[:2], v.shape[-1])
@@ -275,7 +275,7 @@ class _Recurrence(torch.autograd.Function):
         else:
             grad_P = grad_answers @ residuals.mT
             if decay is None:
-                grad_P *= _read_mask(tiling, scale, Q)
+                grad_P *= _read_mask(tiling, scale, Q.dtype, Q.device)
             else:
                 links_read = grad_P * P
                 grad_P *= decay.between_read
@@ -283,7 +283,7 @@ class _Recurrence(torch.autograd.Function):
         grad_k = grad_written
         if inverse is not None:
             grad_A = grad_values @ residuals.mT
-            grad_A *= _minus_below_diagonal(tiling.writes, K)
+            grad_A *= _minus_below_diagonal(tiling.writes, K.dtype, K.device)
             if decay is not None:
                 links_write = grad_A * A
                 grad_A *= decay.between_writes
@@ -295,10 +295,12 @@ class _Recurrence(torch.autograd.Function):
         found = _read_states(states, m, tiling)[before].mT
         grad_log_decay = None
         if decay is None:
-            grad_q[before].baddbmm_(grad_answers[before], found, alpha=scale)
-            if inverse is not None:
-                grad_k[before].baddbmm_(grad_values[before], states[before].mT, alpha=-1)
-            grad_written[after].baddbmm_(residuals[after], grad_states[m : end + m].mT)
+            if start < n_tiles * m:
+                grad_q[before].baddbmm_(grad_answers[before], found, alpha=scale)
+                if inverse is not None:
+                    grad_k[before].baddbmm_(grad_values[before], states[before].mT, alpha=-1)
+            if end:
+                grad_written[after].baddbmm_(residuals[after], grad_states[m : end + m].mT)
         else:
             part = (grad_answers[before] @ found).mul_(scale)
             until_read = _add_part(grad_q, Q, part, decay.until_read, before)
@@ -378,7 +380,7 @@ class _Decay(NamedTuple):
         if tiling.read_chunk is None and tiling.n_writes == 1:
             between_read = between_writes * scale
         else:
-            between_read = between(at_read, _read_mask(tiling, 1, log_decay)).mul_(scale)
+            between_read = between(at_read, _read_mask(tiling, 1.0, log_decay.dtype, log_decay.device)).mul_(scale)
         return _Decay(
             between_read,
             between_writes,
@@ -389,17 +391,18 @@ class _Decay(NamedTuple):
         )
 
 
-def _read_mask(tiling: Tiling, value: float, like: Tensor) -> Tensor:
+@lru_cache(maxsize=64)
+def _read_mask(tiling: Tiling, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[c, w]: `value` where a query reads a write of its own tile, else 0."""
-    mask = like.new_full((tiling.n_tokens, tiling.writes), value)
-    if tiling.read_chunk is None and tiling.n_writes == 1:
-        return mask.tril_()
-    end = torch.tensor(tiling.tokens_read, device=like.device) * tiling.n_writes
-    return mask.masked_fill_(torch.arange(tiling.writes, device=like.device) >= end[:, None], 0)
+    rows = [
+        [value * (write < n_read * tiling.n_writes) for write in range(tiling.writes)] for n_read in tiling.tokens_read
+    ]
+    return torch.tensor(rows, dtype=dtype, device=device)
 
 
-def _minus_below_diagonal(size: int, like: Tensor) -> Tensor:
-    return like.new_full((size, size), -1).tril_(-1)
+@lru_cache(maxsize=64)
+def _minus_below_diagonal(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor([[-float(j < i) for j in range(size)] for i in range(size)], dtype=dtype, device=device)
 
 
 def _read_states(states: Tensor, m: int, tiling: Tiling) -> Tensor:
