@@ -211,6 +211,7 @@ def _mirror(store: Store, study: str, number: int, again: Rerun, folder: Path) -
         tags={},
         artifacts=[str(folder / replica.checkpoint)] if replica.checkpoint else [],
     )
+    spool.put("phase_end", phase="rerun", artifacts=[])
     spool.close(DRAIN_S)
 
 

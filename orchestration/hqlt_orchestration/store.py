@@ -38,8 +38,11 @@ class Store:
         return self.data / "mlflow-artifacts"
 
     def study_folder(self, study: str) -> Path:
-        """`study` is a name that the study schema or the ledger has let through: it cannot lead out of the folder."""
-        return self.data / "studies" / study
+        """`study` is a name that the study schema or the ledger has let through: it cannot lead out of the folder.
+
+        Absolute, because a worker's current folder need not be ours.
+        """
+        return self.data.resolve() / "studies" / study
 
     def trial_folder(self, study: str, number: int) -> Path:
         return self.study_folder(study) / "trials" / f"{number:04d}"

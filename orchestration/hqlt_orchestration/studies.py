@@ -106,12 +106,15 @@ def _update(ledger: Ledger, stored: StudyRow, study: Study) -> Study:
     merged = before.model_copy(update=changes)
     larger = max(stored.budget, study.n_trials)
     if merged != before or larger != stored.budget:
-        ledger.update_study(study.name, study=merged.model_dump_json(), budget=larger)
+        ledger.update_study(study.name, study=merged.model_dump_json(), budget=larger, state="open")
     return merged
 
 
 def _drive(study: Study, store: Store, ledger: Ledger, machine: Machine) -> int:
     """Run `study` until it ends or is interrupted, and print what came of it."""
+    if ledger.study(study.name).state == "complete":
+        print(f"study {study.name} is complete; give it more trials with: hqlt study extend", file=sys.stderr)
+        return _conclude(study, study_results(ledger, study.name), "complete")
     with ExitStack() as stack:
         stack.callback(ledger.close)
         # Ray takes seconds to start: it does so while the samplers and the tables are loaded.

@@ -110,11 +110,6 @@ def test_a_study_is_interrupted_resumed_looked_at_run_again_and_removed(hqlt: Ru
     assert code == 0
     assert "with steps=5, learning_rate=0.0001, seed=9: complete at step 5" in out
 
-    tamper(tmp_path / "hqlt-data" / "hqlt.db")
-    code, out, _ = hqlt("rerun", f"tiny/{best['number']}")
-    assert code == 1
-    assert "differs in 1 values" in out
-
     assert "train_loss_nats" in hqlt("logs", "tiny/0")[1]
     code, out, _ = hqlt("doctor", "--json", "--study", "tiny")
     assert (code, json.loads(out)["study"]["problems"]) == (0, [])
@@ -122,22 +117,12 @@ def test_a_study_is_interrupted_resumed_looked_at_run_again_and_removed(hqlt: Ru
     runs = mlflow_runs(tmp_path / "hqlt-data" / "mlflow.db")
     assert [status for name, status in runs if name == "search"] == ["FINISHED"]
     assert {status for _, status in runs} == {"FINISHED"}
-    assert len(runs) == 1 + 3 + 1 + 3  # search and its trials, rerun and its runs
+    assert len(runs) == 1 + 3 + 1 + 2  # search and its trials, rerun and its runs
 
     assert hqlt("study", "gc", "tiny")[0] == 0
     assert hqlt("study", "delete", "tiny", "--yes")[0] == 0
     assert not (tmp_path / "hqlt-data" / "studies" / "tiny").exists()
     assert hqlt("study", "status", "tiny")[0] == 2
-
-
-def tamper(database: Path) -> None:
-    """Change one stored digit of every result."""
-    with sqlite3.connect(database) as connection:
-        for number, text in connection.execute("SELECT number, result FROM hqlt_replicas").fetchall():
-            result = json.loads(text)
-            result["replicas"][0]["metrics"]["validation_loss_nats"] += 1e-12
-            connection.execute("UPDATE hqlt_replicas SET result = ? WHERE number = ?", (json.dumps(result), number))
-    connection.close()
 
 
 def mlflow_runs(database: Path) -> list[tuple[str, str]]:
