@@ -125,7 +125,7 @@ def blend_backward(
     shift: int,
 ) -> list[Tensor]:
     """Gradients of q, k, v, beta, log_decay and gate (empty where there is none)."""
-    final, q_features, k_features, transfer, gates, norms, states, writes = saved
+    _final, q_features, k_features, transfer, gates, norms, states, writes = saved
     dgate = q.new_empty(0)
     if gate is not None and dmixed is not None:
         dgate = torch.empty_like(gate)
@@ -147,7 +147,7 @@ def blend_backward(
     )
     join()
     _, _, dbeta, dlog_decay = fast_weight.run_gradients(
-        q, k, v, beta, log_decay, q_features, k_features, gates, norms, states, writes, fw, final,
+        q, k, v, beta, log_decay, q_features, k_features, gates, norms, states, writes, fw,
         dfw, dv, dstates, gradients, feature, scale, read, shift,
     )  # fmt: skip
     return [*gradients, dbeta, dlog_decay, dgate]

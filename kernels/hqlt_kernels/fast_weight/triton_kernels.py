@@ -14,11 +14,14 @@ and backward, with dS the gradient of S':
     P = tril(D do U^T)      M = -tril(D dR U^T, -1)               gradient_kernel, all tiles at once
     dq = gamma do S^T + P k
     dk = (gamma_last / gamma) U dS^T + P^T q - gamma dR S^T + (M + M^T) k
-    b^2 dbeta = rowsum(dR U)           d(log gamma) = rowsum(do o) - rowsum(dv v), and <S', dS> for the last row
+    b^2 dbeta = rowsum(dR U)
     <q, dq> = rowsum(do o)             <k, dk> = 2 b dbeta - rowsum(dv v)   (additive: rowsum(dv v))
 
 The scale is multiplied into q by prepare_kernel, and b into T, so that the two scans, which are serial in time, load
 neither. dbeta divides by b twice; a b of exactly zero is replaced by a tiny one, whose writes are far below rounding.
+The gradient of a log decay at t sums exactly the pairs (write j < t <= read i), each a product above: rowsum(do o) -
+rowsum(dv v) summed from t on is the same number, but a difference of large ones, and three times as wrong in 16 bits.
+
 No product of three C x C matrices is left in the backward, and no tensor w, u, dw beside the writes. The inner
 products in the last line are what the backward of the l2 norm needs of a whole row; known from the values' side, they
 let a program compute a slice of the columns of dq and dk to the end.
@@ -462,6 +465,21 @@ def _features_backward(x, y, dy, norm, inner, FEATURE: tl.constexpr):
 
 
 @triton.jit
+def _sum_from(x, READ: tl.constexpr, BT: tl.constexpr):
+    """At t, the sum of x_i over the queries i (READ = 0: or keys) whose read a decay at t comes before."""
+    i = tl.arange(0, BT)
+    return tl.sum(tl.where(_readable(i[:, None], i[None, :], READ), x[:, None], 0.0), 0)
+
+
+@triton.jit
+def _across(x, READ: tl.constexpr, BT: tl.constexpr):
+    """At t, the sum of x_ij over the pairs that a decay at t comes between: written at j < t, read at i after it."""
+    i = tl.arange(0, BT)
+    before = tl.cumsum(x, 1) - x
+    return tl.sum(tl.where(_readable(i[:, None], i[None, :], READ), before, 0.0), 0)
+
+
+@triton.jit
 def gradient_kernel(
     q,
     k,
@@ -476,7 +494,6 @@ def gradient_kernel(
     dv,
     writes,
     states,
-    final,
     dstates,
     dq,
     dk,
@@ -505,7 +522,7 @@ def gradient_kernel(
 ):
     """dq, dk before the feature map, dbeta, and dlog_decay [K / BK, B, T, H], a part from each slice of K.
 
-    q_features, k_features from prepare_kernel, q with the scale; final is the state after the last tile. With ADD, dq, dk and dv are added to
+    q_features, k_features from prepare_kernel, q with the scale. With ADD, dq, dk and dv are added to
     what stands in dq, dk and dv_sum. Grid (NT * K / BK, B * H).
     """
     NK: tl.constexpr = K // BK
@@ -549,20 +566,29 @@ def gradient_kernel(
     norm_k = tl.load(norms + tile * (2 * BT) + i)
     norm_q = tl.load(norms + tile * (2 * BT) + BT + i)
 
+    yk = _load(k_features + row * K + cols, ok, MASKED)
+    yq = _load(q_features + row * K + cols, ok, MASKED)
+    if DECAY:
+        dg = tl.zeros((BT,), tl.float32)
     if LOCAL:
         P = tl.dot(dob, tl.trans(U), input_precision=PREC)  # [query, write]
         seen = _readable(i[:, None], i[None, :], READ)
         if DECAY:
             P *= tl.exp2(tl.where(seen, gq[:, None] - gk[None, :], 0.0))
-        P = tl.where(seen, P, 0.0).to(dob.dtype)
+        P = tl.where(seen, P, 0.0)
+        if DECAY:
+            dg += _across(P * tl.dot(yq, tl.trans(yk), input_precision=PREC), READ, BT)
+        P = P.to(dob.dtype)
     S = tl.load(states + (tile - c % PARTS) * (K * V) + state_at)
     acc = tl.dot(dob, tl.trans(S), input_precision=PREC)
     if DECAY:
         acc *= tl.exp2(gq)[:, None]
-    yk = _load(k_features + row * K + cols, ok, MASKED)
+        if READ == 0:
+            dg += _sum_from(tl.sum(acc * yq.to(tl.float32), 1), 0, BT)
+        elif LOCAL:
+            dg += _sum_from(tl.sum(acc * yq.to(tl.float32), 1), READ, BT)
     if LOCAL:
         acc = tl.dot(P, yk, acc, input_precision=PREC)
-    yq = _load(q_features + row * K + cols, ok, MASKED)
     x = _load(q + row * K + cols, ok, MASKED).to(tl.float32)
     # With y = q_features / scale and dy = acc * scale.
     dx = _features_backward(x, yq.to(tl.float32) * (1 / scale), acc * scale, norm_q, inner_q, FEATURE)
@@ -577,12 +603,14 @@ def gradient_kernel(
         M = tl.where(i[:, None] == i[None, :], 0.0, tl.where(lower, -M, -MT))
         if DECAY:
             M *= tl.exp2(-tl.abs(gk[:, None] - gk[None, :]))
+            dg += _across(tl.where(lower, M, 0.0) * tl.dot(yk, tl.trans(yk), input_precision=PREC), 0, BT)
         M = M.to(dob.dtype)
         if PARTS > 1:
             S = tl.load(states + tile * (K * V) + state_at)
         read = tl.dot(dR, tl.trans(S), input_precision=PREC)
         if DECAY:
             read *= tl.exp2(gk)[:, None]
+            dg -= _sum_from(tl.sum(read * yk.to(tl.float32), 1), 0, BT)
     if LOCAL:
         PT = tl.dot(U, tl.trans(dob), input_precision=PREC)
         seen = _readable(i[None, :], i[:, None], READ)
@@ -593,6 +621,8 @@ def gradient_kernel(
     acc = tl.dot(U, tl.trans(dS), input_precision=PREC)
     if DECAY:
         acc *= tl.exp2(last - gk)[:, None]
+        written = tl.sum(acc * yk.to(tl.float32), 1)
+        dg += tl.sum(tl.where(i[:, None] < i[None, :], written[:, None], 0.0), 0)
     if DELTA:
         acc -= read
         acc = tl.dot(M, yk, acc, input_precision=PREC)
@@ -608,18 +638,9 @@ def gradient_kernel(
     _store(dk + row_k * K + cols, dx, ok_k, MASKED)
 
     if DECAY:
-        dS = tl.load(dstates + tile * (K * V) + state_at).to(tl.float32)  # again: it was not kept in registers
-        if c + 1 < NT:
-            dlast = tl.sum(tl.sum(tl.load(states + (tile + 1) * (K * V) + state_at).to(tl.float32) * dS, 1), 0)
-        else:
-            dlast = tl.sum(tl.sum(tl.load(final + bh * (K * V) + state_at) * dS, 1), 0)
-        dg = tl.zeros((BT,), tl.float32) + dlast
-        if part == 0:
-            dg += tl.sum(tl.where(i[:, None] >= i[None, :], -inner_v[:, None], 0.0), 0)
-            if READ == 0:
-                dg += tl.sum(tl.where(i[:, None] >= i[None, :], inner_q[:, None], 0.0), 0)
-            elif LOCAL:
-                dg += tl.sum(tl.where((i[None, :] // READ) < (i[:, None] // READ), inner_q[:, None], 0.0), 0)
+        S = tl.load(states + tile * (K * V) + state_at).to(tl.float32)  # again: neither was kept in registers
+        dS = tl.load(dstates + tile * (K * V) + state_at).to(tl.float32)
+        dg += tl.exp2(last) * tl.sum(tl.sum(S * dS, 1), 0)
         B = tl.num_programs(1).to(tl.int64) // H
         tl.store(dlog_decay + part * B * T * H + row + i * H, dg, mask=ok)
 

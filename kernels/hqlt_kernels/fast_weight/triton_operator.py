@@ -207,7 +207,6 @@ def fast_weight_backward(
     states: Tensor,
     writes: Tensor,
     o: Tensor,
-    final: Tensor,
     do: Tensor,
     dfinal: Tensor | None,
     feature: int,
@@ -220,7 +219,7 @@ def fast_weight_backward(
         q, v, beta, log_decay, q_features, k_features, transfer, gates, do, dfinal, read, shift
     )
     dq, dk, dbeta, dlog_decay = run_gradients(
-        q, k, v, beta, log_decay, q_features, k_features, gates, norms, states, writes, o, final,
+        q, k, v, beta, log_decay, q_features, k_features, gates, norms, states, writes, o,
         do, dv, dstates, None, feature, scale, read, shift,
     )  # fmt: skip
     if shift:  # the last tokens are never written
@@ -273,7 +272,6 @@ def run_gradients(
     states: Tensor,
     writes: Tensor,
     o: Tensor,
-    final: Tensor,
     do: Tensor,
     dv: Tensor,
     dstates: Tensor,
@@ -293,7 +291,7 @@ def run_gradients(
     n_slices = key_dim // launch.gradient.block
     dlog_decay_parts = q.new_empty(n_slices, *(() if log_decay is None else log_decay.shape), dtype=torch.float32)
     kernels.gradient_kernel[(tiling.n_tiles * n_slices, batch * n_heads)](
-        q, k, q_features, k_features, v, beta, gates, norms, o, do, dv, writes, states, final, dstates,
+        q, k, q_features, k_features, v, beta, gates, norms, o, do, dv, writes, states, dstates,
         dq, dk, dv_sum, dbeta, dlog_decay_parts, n_tokens, tiling.n_tiles, scale,
         K=key_dim, V=value_dim, BK=launch.gradient.block, FEATURE=feature, TINY=_tiny(q.dtype), ADD=add_to is not None,
         **_constants(q, beta, log_decay, launch, tiling, read, shift),
@@ -426,7 +424,7 @@ def _(q, k, v, beta, log_decay, *_rest):  # type: ignore[no-untyped-def]  # torc
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, beta, log_decay, initial_state, feature, scale, read, shift, _save = inputs
-    ctx.save_for_backward(q, k, v, beta, log_decay, initial_state, *output[2:], *output[:2])
+    ctx.save_for_backward(q, k, v, beta, log_decay, initial_state, *output[2:], output[0])
     ctx.options = (feature, scale, read, shift)
     ctx.set_materialize_grads(False)
 

@@ -1,0 +1,70 @@
+"""What the tests of the Triton kernels share.
+
+On a machine without a CUDA device the kernels run in Triton's interpreter: their logic, in float32 and float16 (bfloat16
+is silently wrong there). On a CUDA device the same tests run the compiled kernels, and those marked `gpu` more of them.
+"""
+
+import itertools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+
+if not CUDA:  # read when a kernel is decorated, and again when it runs
+    os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton")
+
+from hqlt_kernels.blend import triton_operator as blend_operator  # noqa: E402  # after the variable above
+from hqlt_kernels.fast_weight import triton_operator as fast_weight_operator  # noqa: E402
+from hqlt_kernels.window_attention import triton_operator as window_operator  # noqa: E402
+
+__all__ = ["CUDA", "DEVICE", "blend_operator", "fast_weight_operator", "window_operator"]
+
+
+def pairwise(axes: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    """Few cases in which every two values of different axes meet at least once; the same on every call."""
+    names = list(axes)
+    missing = {
+        (a, x, b, y)
+        for a, b in itertools.combinations(range(len(names)), 2)
+        for x in range(len(axes[names[a]]))
+        for y in range(len(axes[names[b]]))
+    }
+    while missing:
+        case: dict[int, int] = {}
+        a, x, b, y = min(missing)
+        case[a], case[b] = x, y
+        for axis in range(len(names)):
+            if axis not in case:
+                case[axis] = max(
+                    range(len(axes[names[axis]])),
+                    key=lambda value: sum(
+                        ((o, case[o], axis, value) if o < axis else (axis, value, o, case[o])) in missing
+                        for o in case  # noqa: B023  # called at once
+                    ),
+                )
+        missing -= {(a, case[a], b, case[b]) for a, b in itertools.combinations(range(len(names)), 2)}
+        yield {name: axes[name][case[axis]] for axis, name in enumerate(names)}
+
+
+def relative_error(x: Tensor, truth: Tensor) -> float:
+    """|x - truth| / |truth| in the Frobenius norm; where the truth is zero, |x|."""
+    x, truth = x.detach().double(), truth.detach().double()
+    size = truth.norm().item()
+    return ((x - truth).norm() / (size or 1.0)).item()
+
+
+def assert_as_good_as_torch(
+    results: Mapping[str, Tensor], same_dtype: Mapping[str, Tensor], truth: Mapping[str, Tensor], *, factor: float
+) -> None:
+    """Each result may be `factor` times as wrong as PyTorch at the same precision; NaN never passes."""
+    for name, exact in truth.items():
+        precision = torch.finfo(results[name].dtype).eps
+        error, allowed = relative_error(results[name], exact), relative_error(same_dtype[name], exact)
+        assert error <= factor * allowed + precision / 4, f"{name}: off by {error:.1e}, PyTorch by {allowed:.1e}"
