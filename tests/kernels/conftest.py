@@ -1,10 +1,14 @@
 """What the tests of the kernels share."""
 
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+
+sys.path.append(str(Path(__file__).parent))  # for triton_cases.py
 
 
 @pytest.fixture

@@ -1,15 +1,9 @@
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-from triton_cases import CUDA, DEVICE, assert_as_good_as_torch, fast_weight_operator, pairwise  # first: see there
-
 import torch
 from hqlt_kernels.fast_weight import definition
 from hqlt_kernels.feature_maps import map_features
 from torch import Tensor
+from triton_cases import CUDA, DEVICE, assert_as_good_as_torch, fast_weight_operator, pairwise
 
 NAMES = ("q", "k", "v", "beta", "log_decay", "initial_state")
 FACTOR = {torch.float32: 4.0, torch.bfloat16: 2.0, torch.float16: 2.0}

@@ -1,7 +1,8 @@
 """What the tests of the Triton kernels share.
 
-On a machine without a CUDA device the kernels run in Triton's interpreter: their logic, in float32 and float16 (bfloat16
-is silently wrong there). On a CUDA device the same tests run the compiled kernels, and those marked `gpu` more of them.
+On a machine without a CUDA device the kernels run in Triton's interpreter: their logic, in float32 and float16
+(bfloat16 is silently wrong there). On a CUDA device the same tests run the compiled kernels; those marked `gpu` are
+there only, in bfloat16 and at sizes that fill the card.
 """
 
 import itertools
@@ -45,8 +46,7 @@ def pairwise(axes: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
                 case[axis] = max(
                     range(len(axes[names[axis]])),
                     key=lambda value: sum(
-                        ((o, case[o], axis, value) if o < axis else (axis, value, o, case[o])) in missing
-                        for o in case  # noqa: B023  # called at once
+                        ((o, case[o], axis, value) if o < axis else (axis, value, o, case[o])) in missing for o in case
                     ),
                 )
         missing -= {(a, case[a], b, case[b]) for a, b in itertools.combinations(range(len(names)), 2)}

@@ -258,7 +258,8 @@ def key_value_gradient_kernel(
         for t in range(N_BLOCKS):
             acc1, acc2, accv = _key_step(
                 k1, k2, vb, acc1, acc2, accv, q, do, lse + bh * n_queries, delta + bh * n_queries, first, key,
-                c * BT + t * BN, n_queries, offset, t * BN, cos, sin, scale, window, phase, H, D, V, BN, ALIGNED, ROPE, PREC,
+                c * BT + t * BN, n_queries, offset, t * BN, cos, sin, scale, window, phase,
+                H, D, V, BN, ALIGNED, ROPE, PREC,
             )  # fmt: skip
     else:
         if ALIGNED:

@@ -1,0 +1,71 @@
+"""The kernels compile ahead of time to Hopper in bfloat16, without a GPU: registers, spills and shared memory.
+
+In a process of its own: in this one the kernels may be decorated for the interpreter.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+SHARED_MEMORY_OF_HOPPER = 227 * 1024
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> dict[str, dict[str, int]]:
+    """What the compiler says of every kernel, by name."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    script = Path(__file__).with_name("triton_compile.py")
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+KERNELS = (
+    "prepare delta",
+    "scan delta",
+    "reverse_scan delta",
+    "gradient delta",
+    "gradient gated_delta",
+    "forward window 64",
+    "query_gradient window 64",
+    "key_value_gradient window 64",
+)
+
+# Registers that do not fit are stored to local memory. Counted with the ptxas of Triton 3.6.0 (torch 2.11) and 3.7.1
+# (torch 2.13), both 12.8 for Hopper; the larger of the two, and a few for other versions.
+ALLOWED_SPILL_STORES = {
+    "scan delta": 4,
+    "gradient gated_delta": 140,
+    "query_gradient window 64": 20,
+    "key_value_gradient window 64": 60,
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernel_compiles_for_hopper_within_its_memory(compiled, kernel):
+    report = compiled[kernel]
+    assert report["shared_bytes"] <= SHARED_MEMORY_OF_HOPPER
+    assert report["registers"] <= 255
+    assert report["spill_stores"] <= ALLOWED_SPILL_STORES.get(kernel, 0), report
+    assert report["tensor_core_instructions"] > 0, "products of bfloat16 tiles left the tensor core"
+
+
+@pytest.mark.parametrize(("kernel", "programs"), [("gradient delta", 2), ("reverse_scan delta", 2)])
+def test_as_many_programs_fit_on_a_multiprocessor_as_the_launch_counts_on(compiled, kernel, programs):
+    report = compiled[kernel]
+    assert programs * (report["shared_bytes"] + 1024) <= SHARED_MEMORY_OF_HOPPER + 1024
+    assert programs * report["registers"] * 128 <= 65536
+
+
+def test_the_reports_name_the_triton_that_compiled(compiled):
+    import triton
+
+    assert compiled["triton"] == triton.__version__
+    assert torch.__version__
