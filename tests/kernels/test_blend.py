@@ -331,6 +331,16 @@ def test_vmap_over_replicas_is_a_loop_over_replicas(timing, writes):
         assert_equal(found, expected)
 
 
+@pytest.mark.parametrize("backend", ["definition", "chunked"])
+def test_autocast_does_not_narrow_the_products_inside(backend):
+    inputs = {name: x.float() for name, x in make(30).items()}
+    options = {"timing": "synchronous", "window": 8, "feature_map": "silu_l2", "backend": backend}
+    expected = blend(**inputs, **options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = blend(**inputs, **options)
+    assert torch.equal(found.mixed, expected.mixed)
+
+
 # Mistakes
 
 

@@ -24,12 +24,13 @@ from torch.nn import functional
 from hqlt_kernels.fast_weight import definition
 from hqlt_kernels.feature_maps import FeatureMap, map_features
 from hqlt_kernels.functions import fold_mapped_axis, quick_to_apply, unfold_mapped_axis
-from hqlt_kernels.precision import compute_dtype
+from hqlt_kernels.precision import compute_dtype, outside_autocast
 
 STRONGEST_LOG_DECAY = -1e4  # its exp is 0 in float64 too, and sums of it stay finite where -inf - -inf would give NaN
 LARGEST_SOLVE = 48  # beyond it, inverting by halves is faster than one LAPACK solve: 64 x 64 takes 2.8 us, not 5
 
 
+@outside_autocast
 def fast_weight(
     q: Tensor,
     k: Tensor,
@@ -148,37 +149,15 @@ class _Recurrence(torch.autograd.Function):
         written = K if strengths is None else K * strengths
         decay = None if log_decay is None else _Decay.of(log_decay, tiling, scale)
 
-        A, inverse, residuals = None, None, V
+        A = inverse = None
         if strengths is not None:
             A = K @ written.mT  # its upper triangle is never read
             if decay is not None:
                 A *= decay.between_writes
-            inverse, residuals = _unit_lower_inverse(A), torch.empty_like(V)
+            inverse = _unit_lower_inverse(A)
             if decay is None or not saves:
                 A = None  # its memory serves what follows
-        keys_now, written_later = (
-            (K, written) if decay is None else (K * decay.until_write, written * decay.after_write)
-        )
-        states = q.new_empty((n_tiles + 1) * m, key_width, v.shape[-1])
-        if initial_state is not None:
-            states[:m] = initial_state.flatten(0, 1)
-        elif tiling.tiles_read is not None:
-            states[:m] = 0  # read by later tiles; otherwise nobody reads an empty state
-        for n in range(n_tiles):
-            tile, next_tile = slice(n * m, (n + 1) * m), slice((n + 1) * m, (n + 2) * m)
-            state, next_state, residual = states[tile], states[next_tile], residuals[tile]
-            is_empty = n == 0 and initial_state is None
-            if inverse is not None:
-                missing = V[tile] if is_empty else torch.baddbmm(V[tile], keys_now[tile], state, alpha=-1)
-                torch.bmm(inverse[tile], missing, out=residual)
-            if is_empty:
-                torch.bmm(written_later[tile].mT, residual, out=next_state)
-            elif decay is None:
-                torch.baddbmm(state, written_later[tile].mT, residual, out=next_state)
-            else:
-                torch.mul(state, decay.over_tile[tile], out=next_state)
-                next_state.baddbmm_(written_later[tile].mT, residual)
-
+        states, residuals = _scan(V, inverse, K, written, decay, initial_state, tiling)
         if not saves:
             inverse = None
         P = None
@@ -240,34 +219,10 @@ class _Recurrence(torch.autograd.Function):
         grad_states = torch.empty_like(states)  # what lies before start, or behind end, is never read
         if grad_final_state is not None:
             grad_states[n_tiles * m :] = grad_final_state.flatten(0, 1)
-        queries, keys_now, written_later = Q, K, written
-        if decay is not None:
-            queries, keys_now, written_later = Q * decay.until_read, K * decay.until_write, written * decay.after_write
         if start < n_tiles * m:
-            inside = grad_states[start : n_tiles * m]
-            if tiling.tiles_read is None:
-                torch.baddbmm(inside, queries[start:].mT, grad_answers[start:], beta=0, alpha=scale, out=inside)
-            else:
-                by_tile = torch.tensor(tiling.tiles_read, device=Q.device)
-                found = torch.bmm(queries.mT, grad_answers).view(n_tiles, m, *states.shape[1:])
-                inside.zero_()
-                grad_states.view(n_tiles + 1, *found.shape[1:]).index_add_(0, by_tile, found, alpha=scale)
-
+            _collect_reads(grad_states, Q, grad_answers, decay, start, scale, tiling)
         grad_residuals = torch.zeros_like(residuals) if P is None else P.mT @ grad_answers
-        grad_values = grad_residuals if inverse is None else torch.empty_like(residuals)
-        for n in reversed(range(n_tiles)):
-            tile, next_tile = slice(n * m, (n + 1) * m), slice((n + 1) * m, (n + 2) * m)
-            if n * m < end:
-                grad_residuals[tile].baddbmm_(written_later[tile], grad_states[next_tile])
-            if inverse is not None:
-                torch.bmm(inverse[tile].mT, grad_residuals[tile], out=grad_values[tile])
-            if n * m >= start:
-                grad_state = grad_states[tile]
-                if inverse is not None:
-                    grad_state.baddbmm_(keys_now[tile].mT, grad_values[tile], alpha=-1)
-                if n * m < end:
-                    later = grad_states[next_tile]
-                    grad_state += later if decay is None else later * decay.over_tile[tile]
+        grad_values = _scan_back(grad_states, grad_residuals, inverse, K, written, decay, start, end, tiling)
 
         links_read = links_write = None  # gradients of log decays between a write and what follows it in its tile
         if P is None:
@@ -338,6 +293,102 @@ class _Recurrence(torch.autograd.Function):
         folded = fold_mapped_axis(info.batch_size, in_dims, inputs)
         o, final_state, *_ = _Recurrence.apply(*folded)  # type: ignore[no-untyped-call]
         return unfold_mapped_axis(info.batch_size, o, final_state)
+
+
+def _scan(
+    V: Tensor,
+    inverse: Tensor | None,
+    K: Tensor,
+    written: Tensor,
+    decay: "_Decay | None",
+    initial_state: Tensor | None,
+    tiling: Tiling,
+) -> tuple[Tensor, Tensor]:
+    """The state at every tile's start, and after them the final one, [tile B H, K, V]; and the residuals of all writes.
+
+    An empty initial state is not written down unless later tiles read it: nobody else does.
+    """
+    n_tiles = tiling.n_tiles
+    m = V.shape[0] // n_tiles
+    residuals = V if inverse is None else torch.empty_like(V)
+    states = V.new_empty((n_tiles + 1) * m, K.shape[-1], V.shape[-1])
+    if initial_state is not None:
+        states[:m] = initial_state.flatten(0, 1)
+    elif tiling.tiles_read is not None:
+        states[:m] = 0
+    if decay is not None:
+        K, written = K * decay.until_write, written * decay.after_write
+    for n in range(n_tiles):
+        tile, next_tile = slice(n * m, (n + 1) * m), slice((n + 1) * m, (n + 2) * m)
+        state, next_state, residual = states[tile], states[next_tile], residuals[tile]
+        is_empty = n == 0 and initial_state is None
+        if inverse is not None:
+            missing = V[tile] if is_empty else torch.baddbmm(V[tile], K[tile], state, alpha=-1)
+            torch.bmm(inverse[tile], missing, out=residual)
+        if is_empty:
+            torch.bmm(written[tile].mT, residual, out=next_state)
+        elif decay is None:
+            torch.baddbmm(state, written[tile].mT, residual, out=next_state)
+        else:
+            torch.mul(state, decay.over_tile[tile], out=next_state)
+            next_state.baddbmm_(written[tile].mT, residual)
+    return states, residuals
+
+
+def _collect_reads(
+    grad_states: Tensor,
+    Q: Tensor,
+    grad_answers: Tensor,
+    decay: "_Decay | None",
+    start: int,
+    scale: float,
+    tiling: Tiling,
+) -> None:
+    """Sets the gradients of the states that tiles from `start` on begin with to what their readers contribute."""
+    n_tiles = tiling.n_tiles
+    m = Q.shape[0] // n_tiles
+    inside = grad_states[start : n_tiles * m]
+    queries = Q if decay is None else Q * decay.until_read
+    if tiling.tiles_read is None:
+        torch.baddbmm(inside, queries[start:].mT, grad_answers[start:], beta=0, alpha=scale, out=inside)
+        return
+    inside.zero_()
+    by_tile = torch.bmm(queries.mT, grad_answers).view(n_tiles, m, *grad_states.shape[1:])
+    read = torch.tensor(tiling.tiles_read, device=Q.device)
+    grad_states.view(n_tiles + 1, *by_tile.shape[1:]).index_add_(0, read, by_tile, alpha=scale)
+
+
+def _scan_back(
+    grad_states: Tensor,
+    grad_residuals: Tensor,
+    inverse: Tensor | None,
+    K: Tensor,
+    written: Tensor,
+    decay: "_Decay | None",
+    start: int,
+    end: int,
+    tiling: Tiling,
+) -> Tensor:
+    """Completes `grad_states` and `grad_residuals` from the last tile to the first; returns the gradient of V."""
+    n_tiles = tiling.n_tiles
+    m = K.shape[0] // n_tiles
+    grad_values = grad_residuals if inverse is None else torch.empty_like(grad_residuals)
+    if decay is not None:
+        K, written = K * decay.until_write, written * decay.after_write
+    for n in reversed(range(n_tiles)):
+        tile, next_tile = slice(n * m, (n + 1) * m), slice((n + 1) * m, (n + 2) * m)
+        if n * m < end:
+            grad_residuals[tile].baddbmm_(written[tile], grad_states[next_tile])
+        if inverse is not None:
+            torch.bmm(inverse[tile].mT, grad_residuals[tile], out=grad_values[tile])
+        if n * m >= start:
+            grad_state = grad_states[tile]
+            if inverse is not None:
+                grad_state.baddbmm_(K[tile].mT, grad_values[tile], alpha=-1)
+            if n * m < end:
+                later = grad_states[next_tile]
+                grad_state += later if decay is None else later * decay.over_tile[tile]
+    return grad_values
 
 
 class _Decay(NamedTuple):

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from hqlt_kernels.feature_maps import FeatureMap, map_features
-from hqlt_kernels.precision import compute_dtype
+from hqlt_kernels.precision import compute_dtype, outside_autocast
 
 
+@outside_autocast
 def fast_weight(
     q: Tensor,
     k: Tensor,

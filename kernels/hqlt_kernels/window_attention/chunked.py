@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hqlt_kernels.functions import fold_mapped_axis, quick_to_apply, unfold_mapped_axis
-from hqlt_kernels.precision import compute_dtype
+from hqlt_kernels.precision import compute_dtype, outside_autocast
 
 BLOCK = 40  # queries; 24 to 48 are within 5 % of each other on one CPU thread (README.md)
 LARGEST_SAVED = 2**24  # attention weights, 64 MiB in float32: what is more is computed again in the backward
 
 
+@outside_autocast
 def window_attention(
     q: Tensor, k: Tensor, v: Tensor, *, window: int | None, chunk_aligned: bool, position: int, scale: float
 ) -> Tensor:

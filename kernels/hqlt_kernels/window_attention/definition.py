@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from hqlt_kernels.precision import compute_dtype
+from hqlt_kernels.precision import compute_dtype, outside_autocast
 
 
+@outside_autocast
 def window_attention(
     q: Tensor, k: Tensor, v: Tensor, *, window: int | None, chunk_aligned: bool, position: int, scale: float
 ) -> Tensor:
