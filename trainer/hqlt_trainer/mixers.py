@@ -8,6 +8,9 @@ keeps a small model's step short. With H heads of width D = d / H and n = `n_hou
 
 as far as the mixer has them (`hqlt_search_space.mixers` says when), and the short convolution runs over the channels
 of q, k and v. A layer's tensors keep the order [B, T, H, D].
+
+Parameters may have one axis more in front, a replica each (`hqlt_trainer.replicas`). The batch then holds the rows of
+the first replica, then those of the second, as many of each; to whatever has no parameters they are one batch.
 """
 
 import math
@@ -32,6 +35,41 @@ ROPE_BASE = 10_000.0
 Memory = Literal["kv", "fw"]
 
 
+def broadcast_to_rows(parameter: Tensor, own_axes: int, x: Tensor) -> Tensor:
+    """`parameter`, which has `own_axes` axes in an ordinary model, so that it broadcasts against [B, T, ...].
+
+    Replicas in front are repeated for each of their rows of `x`: [replicas, ...] -> [B, 1, ...].
+    """
+    if parameter.dim() == own_axes:
+        return parameter
+    return parameter.repeat_interleave(len(x) // len(parameter), 0).unsqueeze(1)
+
+
+class Linear(nn.Linear):
+    """x W^T over the last axis, without a bias."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.dim() == 2:
+            return functional.linear(x, self.weight)
+        rows = x.reshape(len(self.weight), -1, x.shape[-1])
+        return torch.bmm(rows, self.weight.mT).view(*x.shape[:-1], -1)
+
+
+class Embedding(nn.Embedding):
+    """A vector for each token."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.weight.dim() == 2:
+            return functional.embedding(tokens, self.weight)
+        n_replicas, vocab_size, _ = self.weight.shape
+        first = torch.arange(0, n_replicas * vocab_size, vocab_size, device=tokens.device)
+        rows = tokens.view(n_replicas, -1) + first[:, None]
+        return functional.embedding(rows.view(tokens.shape), self.weight.flatten(0, 1))
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + 1e-5) * weight over the last axis, in the type of the weight; returns the type of `x`."""
 
@@ -40,7 +78,11 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, NORM_EPSILON).to(x.dtype)
+        y = x.to(self.weight.dtype)
+        if self.weight.dim() == 1:
+            return functional.rms_norm(y, self.weight.shape, self.weight, NORM_EPSILON).to(x.dtype)
+        y = functional.rms_norm(y, self.weight.shape[1:], None, NORM_EPSILON)
+        return (y.view(len(self.weight), -1, x.shape[-1]) * self.weight.unsqueeze(1)).view(x.shape).to(x.dtype)
 
 
 class ShortConvolution(nn.Module):
@@ -55,12 +97,19 @@ class ShortConvolution(nn.Module):
 
         `before` None is the start of a sequence, and then there is no second value.
         """
-        pad = self.weight.shape[1] - 1
+        if self.weight.dim() == 3:
+            assert before is None, "a model that decodes is one replica"
+            parts = zip(x.chunk(len(self.weight)), self.weight, strict=True)
+            return torch.cat([self._filter(part, weight, None)[0] for part, weight in parts]), None
+        return self._filter(x, self.weight, before)
+
+    def _filter(self, x: Tensor, weight: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        pad = weight.shape[1] - 1
         if before is not None:
             x = torch.cat([before, x], dim=1)
         # As an image of height 1 in channels-last order, [B, T, C] needs no copy: 3x faster on a CPU than conv1d.
         image = x.transpose(1, 2).unsqueeze(2)
-        filters = self.weight[:, None, None].contiguous(memory_format=torch.channels_last)
+        filters = weight[:, None, None].contiguous(memory_format=torch.channels_last)
         padding = 0 if before is not None else (0, pad)
         y = functional.conv2d(image, filters, padding=padding, groups=x.shape[2]).squeeze(2).transpose(1, 2)
         if before is None:
@@ -138,7 +187,7 @@ class MixerLayer(nn.Module):
             mixing_widths.get(mixing or "", 0),
             d_model if spec.output_gate else 0,
         )
-        self.in_proj = nn.Linear(d_model, sum(self.widths), bias=False)
+        self.in_proj = Linear(d_model, sum(self.widths))
         self.short_conv = ShortConvolution(self.qkv_width, spec.short_conv) if spec.short_conv else None
         if decays:
             self.A_log = nn.Parameter(torch.empty(self.n_heads))
@@ -148,7 +197,7 @@ class MixerLayer(nn.Module):
         self.output_gate = spec.output_gate
         halves = 2 if mixing == "concat" else 1
         self.output_norm = None if rule is None else RMSNorm(halves * self.head_dim)
-        self.o_proj = nn.Linear(halves * d_model, d_model, bias=False)
+        self.o_proj = Linear(halves * d_model, d_model)
 
     def initialise_scalars(self, generator: torch.Generator) -> None:
         """Fills the parameters and buffers that are not the weight of a submodule; see `model.initialise`."""
@@ -215,7 +264,9 @@ class MixerLayer(nn.Module):
             if self.multiple_writes:
                 beta = beta.view(*beta.shape[:-1], self.n_writes, self.n_heads)
         if hasattr(self, "A_log"):
-            log_decay = -self.A_log.exp() * functional.softplus(projected.decay.float() + self.dt_bias)
+            logits = projected.decay.float()
+            speed, bias = (broadcast_to_rows(p, 1, logits) for p in (self.A_log, self.dt_bias))
+            log_decay = -speed.exp() * functional.softplus(logits + bias)
         elif isinstance(rule, rules.Decay):
             log_decay = self.fixed_log_decay.expand(*projected.q.shape[:2], -1)
         normaliser = rule.normaliser if isinstance(rule, rules.Additive) else "none"
@@ -353,7 +404,7 @@ class HybridLayer(MixerLayer):
             case "sum" | "difference" | "concat":
                 return None
             case "static_scalar":
-                kv, fw = self.mixing_scalars[:, :, None]
+                kv, fw = broadcast_to_rows(self.mixing_scalars, 2, logits).unsqueeze(-1).unbind(-3)
             case "dynamic_scalar":
                 fw, kv = torch.sigmoid(logits).view(*logits.shape[:-1], 2, self.n_heads, 1).unbind(-3)
             case "dynamic_vector":

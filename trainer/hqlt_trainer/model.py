@@ -13,7 +13,7 @@ from hqlt_search_space.arch import Arch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hqlt_trainer.mixers import LayerState, MixerLayer, RMSNorm, ShortConvolution, build_mixer
+from hqlt_trainer.mixers import Embedding, LayerState, Linear, MixerLayer, RMSNorm, ShortConvolution, build_mixer
 
 
 class SwiGLU(nn.Module):
@@ -21,9 +21,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, d_model: int, inner: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(d_model, inner, bias=False)
-        self.up_proj = nn.Linear(d_model, inner, bias=False)
-        self.down_proj = nn.Linear(inner, d_model, bias=False)
+        self.gate_proj = Linear(d_model, inner)
+        self.up_proj = Linear(d_model, inner)
+        self.down_proj = Linear(inner, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -69,10 +69,10 @@ class Model(nn.Module):
     def __init__(self, arch: Arch, vocab_size: int, backend: Forced = "auto") -> None:
         super().__init__()
         d = arch.d_model
-        self.embedding = nn.Embedding(vocab_size, d)
+        self.embedding = Embedding(vocab_size, d)
         self.blocks = nn.ModuleList(Block(build_mixer(spec, d, backend), d, arch.mlp_inner) for spec in arch.layers)
         self.norm = RMSNorm(d)
-        self.head = nn.Linear(d, vocab_size, bias=False)
+        self.head = Linear(d, vocab_size)
 
     @property
     def mixers(self) -> tuple[MixerLayer, ...]:
