@@ -11,12 +11,8 @@ import torch
 from hqlt_search_space.arch import Arch
 from hqlt_search_space.errors import BackendError, CheckpointError, ResourceError, TrialPausedError
 from hqlt_search_space.trial import Config, ReplicaResult, Trial, TrialResult
-from hqlt_trainer import loop
 from hqlt_trainer.environment import source_version
-from hqlt_trainer.model import build_model
 from hqlt_trainer.run import run_trial
-from hqlt_trainer.tasks import build_task
-from hqlt_trainer.tasks.batch import Batch
 
 PARITY = {
     "kind": "parity",
@@ -148,34 +144,6 @@ def test_bad_steps_are_skipped_and_the_eleventh_in_a_row_fails_the_replica(tmp_p
         assert replica.message is not None
         assert f"11 steps in a row, the last one step {replica.step} of 40 (learning_rate 1e+30)" in replica.message
         assert replica.metrics == {}
-
-
-def test_a_skipped_step_changes_neither_weights_nor_moments() -> None:
-    trial = _trial()
-    model = build_model(trial.config.arch, 3, seed=0)
-    optimiser = loop.build_optimiser(model, trial.config.recipe)
-    batch = Batch(torch.ones(2, 4, dtype=torch.long), torch.tensor([[-1, -1, -1, 1]] * 2), torch.tensor([4, 4]))
-    device = torch.device("cpu")
-    assert loop.train_step(model, optimiser, batch, trial.config.recipe, device) is not None
-    with torch.no_grad():
-        model.norm.weight[0] = torch.inf
-    before = {name: tensor.clone() for name, tensor in loop.optimiser_tensors(model, optimiser).items()}
-    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert loop.train_step(model, optimiser, batch, trial.config.recipe, device) is None
-    assert all(torch.equal(before[name], now) for name, now in loop.optimiser_tensors(model, optimiser).items())
-    assert all(torch.equal(weights[name], now) for name, now in model.state_dict().items())
-
-
-def test_micro_batches_make_the_same_step_as_the_whole_batch() -> None:
-    trial = _trial()
-    losses = []
-    for accumulation in (1, 4):
-        recipe = trial.config.recipe.model_copy(update={"accumulation": accumulation, "clip": 0.1, "batch": 8})
-        model = build_model(trial.config.arch, 3, seed=0, init_std=0.5)
-        optimiser = loop.build_optimiser(model, recipe)
-        batch = build_task(trial.config.task).train_batch(0, 8, 0, "cpu")
-        losses.append([loop.train_step(model, optimiser, batch, recipe, torch.device("cpu")) for _ in range(5)])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_a_model_too_large_for_memory_is_a_failed_replica_with_a_sentence(tmp_path: Path) -> None:

@@ -91,24 +91,36 @@ def save_checkpoint(
         shutil.rmtree(aside, ignore_errors=True)
         raise
     _sync_folder(folder)
-    for old in _steps(folder)[KEPT:]:
+    for _, old in _steps(folder)[KEPT:]:
         shutil.rmtree(old)
     return final
 
 
-def latest_checkpoint(folder: Path, config_id: str) -> tuple[Checkpoint | None, tuple[str, ...]]:
-    """The newest checkpoint in `folder` that is whole, or None; and a sentence for each newer one that is not.
+def latest_checkpoint(
+    folder: Path, config_id: str, at_most: int | None = None
+) -> tuple[Checkpoint | None, tuple[str, ...]]:
+    """The newest checkpoint in `folder`, up to step `at_most`, that is whole, or None; and a sentence for each newer
+    one that is not.
 
     Raises:
         CheckpointError: a whole checkpoint belongs to another config.
     """
     notes: list[str] = []
-    for path in _steps(folder):
+    for step, path in _steps(folder):
+        if at_most is not None and step > at_most:
+            continue
         try:
             return load_checkpoint(path, config_id), tuple(notes)
         except _DamagedError as error:
             notes.append(f"skipped a damaged checkpoint: {error}")
     return None, tuple(notes)
+
+
+def remove_newer(folder: Path, step: int) -> None:
+    """Removes the checkpoints of later steps."""
+    for found, path in _steps(folder):
+        if found > step:
+            shutil.rmtree(path)
 
 
 def load_checkpoint(path: Path, config_id: str) -> Checkpoint:
@@ -171,14 +183,14 @@ def _sealed(manifest: dict[str, Any]) -> bytes:
     return canonical_json(manifest | {"sha256": digest}).encode()
 
 
-def _steps(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, newest first; folders written aside by a process that died are not among them."""
+def _steps(folder: Path) -> list[tuple[int, Path]]:
+    """Steps and folders of the checkpoints, newest first; those written aside by a process that died are not there."""
     found = []
     for path in folder.glob("step-*"):
         number = path.name.removeprefix("step-")
         if number.isdecimal():
             found.append((int(number), path))
-    return [path for _, path in sorted(found, reverse=True)]
+    return sorted(found, reverse=True)
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

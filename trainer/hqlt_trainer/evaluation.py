@@ -14,8 +14,8 @@ from hqlt_trainer.model import Model
 from hqlt_trainer.precision import autocast
 from hqlt_trainer.tasks.batch import IGNORED, Batch, LengthBucket, Split, TaskData
 
-BATCH_TOKENS = 16384
-"""Tokens in an evaluation batch at the longest length: enough to fill the cores, few enough to stay in a cache."""
+BATCH_TOKENS = {"cpu": 2**14, "cuda": 2**18}
+"""Tokens in an evaluation batch at the longest length: enough to fill the device, on a CPU few enough for its cache."""
 
 
 class EvaluationData:
@@ -26,7 +26,7 @@ class EvaluationData:
         self.chance = task_data.chance
         self.counts_bytes = task_data.counts_bytes
         self.buckets: tuple[LengthBucket, ...] = task_data.length_buckets(split)
-        rows = max(1, BATCH_TOKENS // context)
+        rows = max(1, BATCH_TOKENS[torch.device(device).type] // context)
         self.batches: tuple[Batch, ...] = tuple(task_data.evaluation_batches(split, rows, device))
 
 

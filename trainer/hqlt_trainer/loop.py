@@ -1,41 +1,43 @@
-"""Training one replica: one seed of one config, from its last checkpoint to its result."""
+"""Training replicas: seeds of one config, from their last checkpoints to their results."""
 
+import errno
+import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from hqlt_search_space.errors import TrialPausedError
-from hqlt_search_space.recipe import Recipe
+from hqlt_search_space.errors import CheckpointError, TrialPausedError
+from hqlt_search_space.spec import canonical_json
 from hqlt_search_space.tasks import context_length
 from hqlt_search_space.trial import CurvePoint, FailureReason, ReplicaResult, Trial
-from torch.nn import functional
 
-from hqlt_trainer.checkpoint import latest_checkpoint, save_checkpoint, weights_sha256
-from hqlt_trainer.environment import peak_memory_bytes
-from hqlt_trainer.evaluation import EvaluationData, evaluate, knock_outs, mean_gates, scored_logits
-from hqlt_trainer.model import Model, build_model
-from hqlt_trainer.optimiser import (
-    build_optimiser,
-    learning_rate,
-    load_optimiser_tensors,
-    optimiser_tensors,
-    set_learning_rate,
+from hqlt_trainer.checkpoint import (
+    Checkpoint,
+    latest_checkpoint,
+    remove_newer,
+    save_checkpoint,
+    weights_sha256,
+    write_whole,
 )
-from hqlt_trainer.precision import autocast
-from hqlt_trainer.tasks.batch import IGNORED, Batch, TaskData
+from hqlt_trainer.environment import peak_memory_bytes
+from hqlt_trainer.evaluation import EvaluationData, evaluate, knock_outs, mean_gates
+from hqlt_trainer.model import Model, build_model
+from hqlt_trainer.optimiser import load_optimiser_tensors, optimiser_tensors
+from hqlt_trainer.replicas import Stack, StepData, Tally, feed
+from hqlt_trainer.tasks.batch import TaskData
 
-MAX_BAD_STEPS = 10
-"""Non-finite steps in a row that are skipped; one more fails the replica."""
 CURVE_POINTS = 50
 """Readings of the training loss in a run, evenly spaced."""
 CHECKPOINT_SECONDS = 30.0
 """Longest time between checkpoints. By the clock, which is safe: a checkpoint changes nothing in what is trained."""
 
 
+ReplicaStatus = Literal["complete", "stopped", "failed"]
 OnRung = Callable[[int, int, dict[str, float]], bool]
 OnMetrics = Callable[[int, int, dict[str, float]], None]
 Cancelled = Callable[[], bool]
@@ -75,59 +77,38 @@ class ReplicaFailedError(Exception):
 
 
 class Replica:
-    """One seed in training. `progress` stays readable when `train` raises, so that a failure has a step."""
+    """One seed of a trial: its model, its progress, and its result once it has ended.
+
+    `model` is an ordinary model of its own or, in a stack, slices of the stack's.
+    """
 
     def __init__(self, trial: Trial, seed: int, out: Path, callbacks: Callbacks) -> None:
+        """Takes over the result of an earlier call on the same `out`, if it ended there.
+
+        Raises:
+            CheckpointError: the folder holds the result of another config.
+        """
         self.trial = trial
         self.seed = seed
         self.out = out
         self.callbacks = callbacks
         self.folder = out / f"seed-{seed}" / "checkpoints"
         self.progress = Progress()
-        self.notes: tuple[str, ...] = ()
         self.checkpoint: Path | None = None
         self.started = self.last_save = time.monotonic()
+        self.result = self._read_result()
+        self.notes: tuple[str, ...] = ("kept the result of an earlier call",) if self.has_ended else ()
+        self.model: Model
 
-    def train(self, task_data: TaskData) -> ReplicaResult:
-        """Trains from the last checkpoint, if there is one, to the end or until a rung stops it.
+    @property
+    def has_ended(self) -> bool:
+        return self.result is not None
 
-        Raises:
-            ReplicaFailedError: it diverged.
-            TrialPausedError: it was cancelled; a checkpoint is written.
-            CheckpointError: the folder holds another config's checkpoints.
-        """
-        recipe, runtime, progress = self.trial.config.recipe, self.trial.runtime, self.progress
-        self._build(task_data.vocab_size)
-        context = context_length(self.trial.config.task)
-        validation = EvaluationData(task_data, "validation", context, runtime.device)
-        rungs = {rung for rung in self.trial.rungs if rung < recipe.steps}
-        curve_every = math.ceil(recipe.steps / CURVE_POINTS)
-        if progress.step in rungs and not self._goes_on(progress.curve[-1][1]):
-            return self._result("stopped", progress.curve[-1][1])
-        while progress.step < recipe.steps:
-            if self.callbacks.cancelled is not None and self.callbacks.cancelled():
-                self._save()
-                raise TrialPausedError(self.seed, progress.step)
-            self._step(task_data)
-            if progress.step == recipe.steps:
-                break
-            if progress.step in rungs:
-                metrics = self._train_loss() | self._finite(evaluate(self.model, validation, recipe.precision))
-                self._record(metrics)
-                self._save()
-                if not self._goes_on(metrics):
-                    return self._result("stopped", metrics)
-            elif progress.step % curve_every == 0:
-                self._record(self._train_loss())
-            if time.monotonic() - self.last_save > CHECKPOINT_SECONDS:
-                self._save()
-        return self._finish(task_data, validation)
-
-    def _build(self, vocab_size: int) -> None:
-        """Model and optimiser as they start, or as the last whole checkpoint has them."""
+    def build(self, vocab_size: int) -> Model:
+        """The model as it starts, with no progress yet."""
         config, runtime = self.trial.config, self.trial.runtime
-        torch.manual_seed(self.seed)  # nothing draws from it today; a layer with dropout would
-        self.model: Model = build_model(
+        self.progress = Progress()
+        self.model = build_model(
             config.arch,
             vocab_size,
             seed=self.seed,
@@ -135,56 +116,153 @@ class Replica:
             device=runtime.device,
             backend=runtime.backend,
         )
-        self.optimiser = build_optimiser(self.model, config.recipe)
-        found, self.notes = latest_checkpoint(self.folder, config.config_id)
-        if found is not None:
-            self.model.load_state_dict(found.model)
-            load_optimiser_tensors(self.model, self.optimiser, found.optimiser)
-            for name, value in found.state["progress"].items():
-                setattr(self.progress, name, value)
-            _set_random_states(found.state["random"])
-            self.checkpoint = found.path
-            self.started -= self.progress.wall_seconds
+        return self.model
 
-    def _step(self, task_data: TaskData) -> None:
-        """One optimiser step. A step whose loss or gradient is not finite leaves the weights as they are."""
+    def newest_checkpoint(self, at_most: int | None = None) -> Checkpoint | None:
+        """The newest whole checkpoint up to a step; what was damaged is noted."""
+        found, notes = latest_checkpoint(self.folder, self.trial.config.config_id, at_most)
+        self.notes = tuple(dict.fromkeys(self.notes + notes))
+        return found
+
+    def load(self, found: Checkpoint, optimiser: torch.optim.AdamW) -> None:
+        """Continues from `found`."""
+        self.model.load_state_dict(found.model)
+        load_optimiser_tensors(self.model, optimiser, found.optimiser)
+        for name, value in found.state["progress"].items():
+            setattr(self.progress, name, value)
+        _set_random_states(found.state["random"])
+        self.checkpoint = found.path
+        self.started -= self.progress.wall_seconds
+
+    @property
+    def tally(self) -> Tally:
+        """The counts of `progress`, to go on from."""
+        p = self.progress
+        return Tally(p.loss_sum, p.loss_count, p.bad_steps_in_a_row, p.skipped_steps, p.step)
+
+    def read(self, tally: Tally) -> None:
+        """Takes over what the stack has counted.
+
+        Raises:
+            ReplicaFailedError: it diverged.
+        """
         recipe, progress = self.trial.config.recipe, self.progress
-        started = time.perf_counter()
-        batch = task_data.train_batch(progress.step, recipe.batch, self.seed, "cpu")
-        set_learning_rate(self.optimiser, learning_rate(recipe, progress.step))
-        loss_nats = train_step(self.model, self.optimiser, batch, recipe, torch.device(self.trial.runtime.device))
-        progress.step += 1
-        progress.tokens += int(batch.lengths.sum())
-        progress.train_seconds += time.perf_counter() - started
-        if loss_nats is not None:
-            progress.loss_sum += loss_nats
-            progress.loss_count += 1
-            progress.bad_steps_in_a_row = 0
-            return
-        progress.skipped_steps += 1
-        progress.bad_steps_in_a_row += 1
-        if progress.bad_steps_in_a_row > MAX_BAD_STEPS:
+        progress.loss_sum, progress.loss_count = tally.loss_sum, tally.loss_count
+        progress.bad_steps_in_a_row, progress.skipped_steps = tally.bad_in_a_row, tally.skipped
+        progress.step = tally.steps
+        if tally.has_diverged:
             raise ReplicaFailedError(
                 "diverged",
-                f"diverged: loss or gradient not finite in {progress.bad_steps_in_a_row} steps in a row, the last one "
-                f"step {progress.step} of {recipe.steps} (learning_rate {recipe.learning_rate:g})",
+                f"diverged: loss or gradient not finite in {tally.bad_in_a_row} steps in a row, the last one "
+                f"step {tally.steps} of {recipe.steps} (learning_rate {recipe.learning_rate:g})",
             )
 
-    def _finish(self, task_data: TaskData, validation: EvaluationData) -> ReplicaResult:
-        """Saves, then judges; a run that is interrupted here judges again what it saved."""
+    def record_loss(self) -> None:
+        """A point of the curve."""
+        self._record(self._train_loss())
+
+    def judge(self, validation: EvaluationData, optimiser: torch.optim.AdamW) -> None:
+        """Evaluates at a rung, saves, and ends here if the rung says so.
+
+        Raises:
+            ReplicaFailedError: a score is not finite.
+        """
+        metrics = self._train_loss() | self._finite(self._evaluate(validation))
+        self._record(metrics)
+        self.save(optimiser)
+        self.ask_to_go_on()
+
+    def ask_to_go_on(self) -> None:
+        """Asks the rung where the replica stands, whose metrics are the last of its curve."""
+        metrics = self.progress.curve[-1][1]
+        if not self._goes_on(metrics):
+            self._end("stopped", metrics=metrics, weights_sha256=self._weights_sha256())
+
+    def finish(
+        self,
+        task_data: TaskData,
+        validation: EvaluationData,
+        test: EvaluationData,
+        optimiser: torch.optim.AdamW,
+    ) -> None:
+        """Saves, then judges; a run that is interrupted here judges again what it saved.
+
+        Raises:
+            ReplicaFailedError: a score is not finite.
+        """
         recipe, runtime = self.trial.config.recipe, self.trial.runtime
-        self._save()
-        test = EvaluationData(task_data, "test", context_length(self.trial.config.task), runtime.device)
+        self.save(optimiser)
         metrics = self._train_loss()
-        metrics |= self._finite(evaluate(self.model, validation, recipe.precision))
-        metrics |= self._finite(evaluate(self.model, test, recipe.precision))
+        metrics |= self._finite(self._evaluate(validation))
+        metrics |= self._finite(self._evaluate(test))
         self._record(metrics)
         if recipe.steps in self.trial.rungs:
             self._goes_on(metrics)
-        result = self._result("complete", {**metrics, **task_data.reference_metrics})
-        silenced = knock_outs(self.model, validation, recipe.precision) if runtime.knock_outs else ()
-        gates = mean_gates(self.model, validation, recipe.precision)
-        return result.model_copy(update={"knock_outs": silenced, "gates": gates})
+        self._end(
+            "complete",
+            metrics={**metrics, **task_data.reference_metrics},
+            weights_sha256=self._weights_sha256(),
+            knock_outs=knock_outs(self.model, validation, recipe.precision) if runtime.knock_outs else (),
+            gates=mean_gates(self.model, validation, recipe.precision),
+        )
+
+    @contextmanager
+    def ends_if_it_fails(self) -> Iterator[None]:
+        """Turns a failure of this replica into its result; the others of a stack go on."""
+        try:
+            yield
+        except ReplicaFailedError as failure:
+            self.fail(failure.reason, failure.message)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            message = f"disk full at step {self.progress.step}: no room for a checkpoint in {self.folder}"
+            self.fail("disk_full", message)
+
+    def fail(self, reason: FailureReason, message: str) -> None:
+        """Ends with a reason and a sentence."""
+        self._end("failed", reason=reason, message=message)
+
+    def _end(self, status: ReplicaStatus, **what: Any) -> None:
+        """Sets the result and keeps it, unless more memory or disk may mend it."""
+        progress = self.progress
+        self.result = ReplicaResult(
+            seed=self.seed,
+            status=status,
+            step=progress.step,
+            curve=tuple(CurvePoint(step=step, metrics=metrics) for step, metrics in progress.curve),
+            skipped_steps=progress.skipped_steps,
+            tokens_per_second=progress.tokens / progress.train_seconds if progress.train_seconds else None,
+            train_seconds=progress.train_seconds,
+            wall_seconds=time.monotonic() - self.started,
+            peak_memory_bytes=peak_memory_bytes(self.trial.runtime),
+            checkpoint=self.checkpoint.relative_to(self.out).as_posix() if self.checkpoint is not None else None,
+            **what,
+        )
+        if self.result.reason in (None, "diverged"):
+            path = self._result_path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kept = {"config_id": self.trial.config.config_id, "replica": self.result.model_dump(mode="json")}
+            write_whole(path, canonical_json(kept))
+
+    @property
+    def _result_path(self) -> Path:
+        return self.out / f"seed-{self.seed}" / "result.json"
+
+    def _read_result(self) -> ReplicaResult | None:
+        try:
+            stored = json.loads(self._result_path.read_bytes())
+        except FileNotFoundError:
+            return None
+        if stored["config_id"] != self.trial.config.config_id:
+            raise CheckpointError(
+                f"{self._result_path} belongs to config {stored['config_id']}, not {self.trial.config.config_id}; "
+                f"give each trial a folder of its own"
+            )
+        return ReplicaResult.model_validate(stored["replica"])
+
+    def _evaluate(self, data: EvaluationData) -> dict[str, float]:
+        return evaluate(self.model, data, self.trial.config.recipe.precision)
 
     def _train_loss(self) -> dict[str, float]:
         """The mean training loss since the last time it was asked for."""
@@ -212,7 +290,8 @@ class Replica:
                 raise ReplicaFailedError("diverged", f"diverged: {name} is not finite at step {step}")
         return metrics
 
-    def _save(self) -> None:
+    def save(self, optimiser: torch.optim.AdamW) -> None:
+        """Writes a checkpoint."""
         self.last_save = time.monotonic()
         self.progress.wall_seconds = self.last_save - self.started
         self.checkpoint = save_checkpoint(
@@ -220,57 +299,132 @@ class Replica:
             self.progress.step,
             config_id=self.trial.config.config_id,
             model=dict(self.model.named_parameters()),
-            optimiser=optimiser_tensors(self.model, self.optimiser),
+            optimiser=optimiser_tensors(self.model, optimiser),
             state={"seed": self.seed, "progress": asdict(self.progress), "random": _random_states()},
         )
 
-    def _result(self, status: Any, metrics: dict[str, float]) -> ReplicaResult:
-        return self.outcome(
-            status=status, metrics=metrics, weights_sha256=weights_sha256(dict(self.model.named_parameters()))
-        )
-
-    def outcome(self, **what: Any) -> ReplicaResult:
-        """The result as far as it is known at this moment, with `what` added."""
-        progress = self.progress
-        return ReplicaResult(
-            seed=self.seed,
-            step=progress.step,
-            curve=tuple(CurvePoint(step=step, metrics=metrics) for step, metrics in progress.curve),
-            skipped_steps=progress.skipped_steps,
-            tokens_per_second=progress.tokens / progress.train_seconds if progress.train_seconds else None,
-            train_seconds=progress.train_seconds,
-            wall_seconds=time.monotonic() - self.started,
-            peak_memory_bytes=peak_memory_bytes(self.trial.runtime),
-            checkpoint=self.checkpoint.relative_to(self.out).as_posix() if self.checkpoint is not None else None,
-            **what,
-        )
+    def _weights_sha256(self) -> str:
+        return weights_sha256(dict(self.model.named_parameters()))
 
 
-def train_step(
-    model: Model, optimiser: torch.optim.AdamW, batch: Batch, recipe: Recipe, device: torch.device
-) -> float | None:
-    """One step on the mean loss over the scored positions of `batch`: that loss, or None if it or its gradient is not
-    finite, and then nothing is changed.
+class Training:
+    """Replicas of one arch in one loop, from their last checkpoints to their results.
+
+    All of them stand at the same step. One that has ended keeps its place in the stack, untouched, also when the
+    training is continued in another process: so the others do not notice.
     """
-    n_scored = int((batch.targets != IGNORED).sum())
-    loss = torch.zeros((), device=device)
-    micro_batches = zip(batch.inputs.chunk(recipe.accumulation), batch.targets.chunk(recipe.accumulation), strict=True)
-    for inputs, targets in micro_batches:
-        with autocast(device, recipe.precision):
-            logits, scored = scored_logits(model, inputs, targets)
-        part = functional.cross_entropy(logits.float(), scored, reduction="sum") / n_scored
-        torch.autograd.backward(part)
-        loss += part.detach()
-    # From the optimiser, whose list is flat: walking the modules takes a tenth of a small model's step.
-    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    taken = bool(torch.isfinite(loss + norm))
-    if taken:
-        if recipe.clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, recipe.clip, norm)
-        optimiser.step()
-    optimiser.zero_grad()
-    return loss.item() if taken else None
+
+    def __init__(self, replicas: Sequence[Replica]) -> None:
+        """`replicas` differ in seed and, if in anything, in learning rate, weight decay or AdamW's averages."""
+        self.replicas = tuple(replicas)
+        first = self.replicas[0]
+        self.recipe, self.runtime = first.trial.config.recipe, first.trial.runtime
+        self.callbacks = first.callbacks
+        self.context = context_length(first.trial.config.task)
+        self.step = 0
+        self.notes: tuple[str, ...] = ()
+
+    @property
+    def running(self) -> list[tuple[int, Replica]]:
+        """The replicas that have not ended, and their places."""
+        return [(i, replica) for i, replica in enumerate(self.replicas) if not replica.has_ended]
+
+    def run(self, task_data: TaskData) -> None:
+        """Trains until every replica has a result.
+
+        Raises:
+            TrialPausedError: it was cancelled; checkpoints are written.
+            CheckpointError: a folder holds another config's checkpoints.
+        """
+        steps, device = self.recipe.steps, self.runtime.device
+        self._build(task_data.vocab_size)
+        validation = EvaluationData(task_data, "validation", self.context, device)
+        rungs = {rung for rung in self.replicas[0].trial.rungs if rung < steps}
+        curve_every = math.ceil(steps / CURVE_POINTS)
+        if self.step in rungs:
+            self._each(lambda _, replica: replica.ask_to_go_on())
+        with feed(task_data, self.recipe, [r.seed for r in self.replicas], self.step, device) as data:
+            while self.running and self.step < steps:
+                if self.callbacks.cancelled is not None and self.callbacks.cancelled():
+                    self._save()
+                    raise TrialPausedError(self.running[0][1].seed, self.step)
+                self._take_step(next(data))
+                if self.step == steps:
+                    break
+                if self.step in rungs:
+                    self._read()
+                    self._each(lambda i, replica: replica.judge(validation, self.stack.optimisers[i]))
+                    self.stack.forget_losses()
+                elif self.step % curve_every == 0:
+                    self._read()
+                    self._each(lambda _, replica: replica.record_loss())
+                    self.stack.forget_losses()
+                if time.monotonic() - self._last_save > CHECKPOINT_SECONDS:
+                    self._save()
+        if self.stack.not_captured is not None:
+            self.notes = (f"a step is launched from Python, not as a CUDA graph: {self.stack.not_captured}",)
+        if not self.running:
+            return
+        self._read()
+        test = EvaluationData(task_data, "test", self.context, device)
+        self._each(lambda i, replica: replica.finish(task_data, validation, test, self.stack.optimisers[i]))
+
+    def _build(self, vocab_size: int) -> None:
+        """The stack as it starts, or as the newest checkpoints that stand at one step have it."""
+        torch.manual_seed(self.replicas[0].seed)  # nothing draws from it today; a layer with dropout would
+        models = [replica.build(vocab_size) for replica in self.replicas]
+        recipes = [replica.trial.config.recipe for replica in self.replicas]
+        self.stack = Stack(models, recipes, torch.device(self.runtime.device))
+        at_most = None
+        while True:  # a crash may have come between the checkpoints of two replicas, or damaged one
+            found = {i: replica.newest_checkpoint(at_most) for i, replica in self.running}
+            steps = [0 if checkpoint is None else checkpoint.step for checkpoint in found.values()]
+            if len(set(steps)) <= 1:
+                break
+            at_most = min(steps)
+        for i, checkpoint in found.items():
+            if checkpoint is not None:
+                self.replicas[i].load(checkpoint, self.stack.optimisers[i])
+                self.step = checkpoint.step
+                remove_newer(self.replicas[i].folder, self.step)  # else a crash could leave none that all have
+            self.stack.set_tally(i, self.replicas[i].tally)
+        for i, replica in enumerate(self.replicas):
+            if replica.has_ended:
+                self.stack.leave(i)
+        self._last_save = time.monotonic()
+
+    def _take_step(self, data: StepData) -> None:
+        started = time.perf_counter()
+        self.stack.take_step(self.step, data.parts)
+        self.step += 1
+        running = self.running
+        seconds = (time.perf_counter() - started) / len(running)  # shared, so that seconds of replicas can be added
+        for i, replica in running:
+            replica.progress.tokens += data.tokens[i]
+            replica.progress.train_seconds += seconds
+
+    def _read(self) -> None:
+        """What the stack has counted reaches the replicas."""
+        started = time.perf_counter()
+        tallies = self.stack.tallies()
+        running = self.running
+        seconds = (time.perf_counter() - started) / len(running)  # a GPU is waited for here
+        for _, replica in running:
+            replica.progress.train_seconds += seconds
+        self._each(lambda i, replica: replica.read(tallies[i]))
+
+    def _save(self) -> None:
+        self._last_save = time.monotonic()
+        self._read()
+        self._each(lambda i, replica: replica.save(self.stack.optimisers[i]))
+
+    def _each(self, act: Callable[[int, Replica], None]) -> None:
+        """Does something with every replica that has not ended; one that ends by it leaves the stack."""
+        for i, replica in self.running:
+            with replica.ends_if_it_fails():
+                act(i, replica)
+            if replica.has_ended:
+                self.stack.leave(i)
 
 
 def _random_states() -> dict[str, str]:

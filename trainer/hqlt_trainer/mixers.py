@@ -29,6 +29,8 @@ from hqlt_search_space.mixers import Attention, DelayedChunk, DelayedStreaming, 
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hqlt_trainer.precision import at_least_float32
+
 NORM_EPSILON = 1e-5
 ROPE_BASE = 10_000.0
 
@@ -256,15 +258,15 @@ class MixerLayer(nn.Module):
 
     def _write_arguments(self, rule: rules.Rule, projected: Projected) -> dict[str, Any]:
         """What the kernels ask about a write: beta in (0, beta_range), [B, T, H] or [B, T, n, H]; log_decay at most 0,
-        [B, T, H]; None for what the rule does not have. Both float32, because products of decays lose bits quickly.
+        [B, T, H]; None for what the rule does not have. Never 16 bits: products of decays lose them quickly.
         """
         beta = log_decay = None
         if isinstance(rule, rules.Delta | rules.GatedDelta | rules.DeltaProduct):
-            beta = rule.beta_range * torch.sigmoid(projected.beta.float())
+            beta = rule.beta_range * torch.sigmoid(at_least_float32(projected.beta))
             if self.multiple_writes:
                 beta = beta.view(*beta.shape[:-1], self.n_writes, self.n_heads)
         if hasattr(self, "A_log"):
-            logits = projected.decay.float()
+            logits = at_least_float32(projected.decay)
             speed, bias = (broadcast_to_rows(p, 1, logits) for p in (self.A_log, self.dt_bias))
             log_decay = -speed.exp() * functional.softplus(logits + bias)
         elif isinstance(rule, rules.Decay):

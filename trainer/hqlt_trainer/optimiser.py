@@ -11,15 +11,24 @@ from hqlt_trainer.model import Model
 
 
 def build_optimiser(model: Model, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW over all parameters; projections and short convolutions decay, norms, scalars and embedding do not."""
+    """AdamW over all parameters; projections and short convolutions decay, norms, scalars and embedding do not.
+
+    On a GPU its learning rate is a tensor there, so that a captured step can be told another.
+    """
     decayed = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | ShortConvolution)}
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if id(p) in decayed], "weight_decay": recipe.weight_decay},
         {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
     ]
+    on_gpu = parameters[0].is_cuda
     return torch.optim.AdamW(
-        groups, lr=recipe.learning_rate, betas=(recipe.beta1, recipe.beta2), eps=recipe.epsilon, fused=True
+        groups,
+        lr=torch.tensor(recipe.learning_rate, device=parameters[0].device) if on_gpu else recipe.learning_rate,
+        betas=(recipe.beta1, recipe.beta2),
+        eps=recipe.epsilon,
+        fused=True,
+        capturable=on_gpu,
     )
 
 
@@ -38,7 +47,10 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 def set_learning_rate(optimiser: torch.optim.AdamW, value: float) -> None:
     """Makes the next step take `value`."""
     for group in optimiser.param_groups:
-        group["lr"] = value
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value
 
 
 def optimiser_tensors(model: Model, optimiser: torch.optim.AdamW) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
@@ -10,3 +11,8 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     if precision == "bfloat16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext()
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x`, widened if it has 16 bits."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -13,7 +13,10 @@ it 7 to 13 ms a step of a small model on a CPU, where the batch that is a stack 
 """
 
 import copy
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -23,11 +26,14 @@ from torch.nn import functional
 
 from hqlt_trainer.model import Model
 from hqlt_trainer.optimiser import build_optimiser, learning_rate, set_learning_rate
-from hqlt_trainer.precision import autocast
-from hqlt_trainer.tasks.batch import IGNORED, Batch
+from hqlt_trainer.precision import at_least_float32, autocast
+from hqlt_trainer.tasks.batch import IGNORED, Batch, TaskData
 
 MAX_BAD_STEPS = 10
 """Non-finite steps in a row that are skipped; one more fails the replica."""
+STEPS_AHEAD = 8
+EAGER_STEPS = 3
+"""Steps before the one that is captured: libraries allocate their workspaces and the optimisers their moments."""
 
 
 def stack_models(members: Sequence[Model]) -> Model:
@@ -57,31 +63,78 @@ class MicroBatch:
 
     inputs: Tensor
     """Tokens [replicas * rows, T]."""
-    at: Tensor | None
-    """Where something is scored, in the flattened inputs [N]; None: everywhere."""
     targets: Tensor
-    """What is to be predicted there [N]; every replica has N / replicas of them."""
+    """What is to be predicted, at the N scored positions; every replica has N / replicas of them."""
+    at: Tensor | None
+    """Where those are in the flattened inputs [N]; None: everywhere."""
 
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.inputs, self.targets) if self.at is None else (self.inputs, self.targets, self.at)
 
+    def map(self, f: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        return MicroBatch(f(self.inputs), f(self.targets), None if self.at is None else f(self.at))
 
-def micro_batches(batches: Sequence[Batch], count: int) -> tuple[MicroBatch, ...]:
-    """The step's data of each replica, cut into `count` parts and joined over the replicas."""
-    parts = zip(*(zip(b.inputs.chunk(count), b.targets.chunk(count), strict=True) for b in batches), strict=True)
-    found = []
-    for part in parts:
+
+@dataclass(frozen=True)
+class StepData:
+    """The data of one step, and how many tokens of it are no padding, for each replica."""
+
+    parts: tuple[MicroBatch, ...]
+    tokens: tuple[int, ...]
+
+
+def step_data(batches: Sequence[Batch], accumulation: int) -> StepData:
+    """The batches of all replicas cut into `accumulation` parts, each joined over the replicas."""
+    chunks = [zip(b.inputs.chunk(accumulation), b.targets.chunk(accumulation), strict=True) for b in batches]
+    parts = []
+    for part in zip(*chunks, strict=True):
         inputs = torch.cat([inputs for inputs, _ in part])
         targets = torch.cat([targets for _, targets in part])
         is_scored = targets.flatten() != IGNORED
-        if bool(is_scored.all()):
-            found.append(MicroBatch(inputs, None, targets.flatten()))
-            continue
         by_replica = is_scored.view(len(batches), -1).sum(1)
         assert bool((by_replica == by_replica[0]).all()), "replicas score equally many positions a step"
-        at = is_scored.nonzero().squeeze(-1)
-        found.append(MicroBatch(inputs, at, targets.flatten()[at]))
-    return tuple(found)
+        at = None if bool(is_scored.all()) else is_scored.nonzero().squeeze(-1)
+        parts.append(MicroBatch(inputs, targets.flatten() if at is None else targets.flatten()[at], at))
+    return StepData(tuple(parts), tuple(int(b.lengths.sum()) for b in batches))
+
+
+@contextmanager
+def feed(
+    task_data: TaskData, recipe: Recipe, seeds: Sequence[int], first_step: int, device: str
+) -> Iterator[Iterator[StepData]]:
+    """The data of `first_step` and of every step after it, for the replicas of `seeds`.
+
+    For a GPU it is made in a thread, some steps ahead, in memory that can be copied from without waiting.
+    """
+
+    def make(step: int) -> StepData:
+        made = step_data(
+            [task_data.train_batch(step, recipe.batch, seed, "cpu") for seed in seeds], recipe.accumulation
+        )
+        if device == "cpu":
+            return made
+        return StepData(tuple(part.map(Tensor.pin_memory) for part in made.parts), made.tokens)
+
+    steps = range(first_step, recipe.steps)
+    if device == "cpu":
+        yield map(make, steps)
+        return
+    with ThreadPoolExecutor(1) as thread:
+        waiting: deque[Future[StepData]] = deque()
+
+        def ahead() -> Iterator[StepData]:
+            for step in steps:
+                waiting.append(thread.submit(make, step))
+                if len(waiting) > STEPS_AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
+        try:
+            yield ahead()
+        finally:
+            thread.shutdown(cancel_futures=True)
 
 
 @dataclass
@@ -114,6 +167,7 @@ class Stack:
         self.device = device
         self.model = stack_models(members)
         self.optimisers = tuple(build_optimiser(m, r) for m, r in zip(members, recipes, strict=True))
+        self._stacked = list(self.model.parameters())
         self._parameters = [list(member.parameters()) for member in members]
         n = len(members)
         self._counts = torch.zeros(5, n, dtype=torch.float64, device=device)  # the rows are Tally's fields
@@ -121,6 +175,14 @@ class Stack:
         self._skips = torch.zeros(n, device=device)
         for optimiser, skip in zip(self.optimisers, self._skips, strict=True):
             optimiser.found_inf = skip  # type: ignore[attr-defined]  # the protocol of torch.amp.GradScaler
+        self.not_captured: str | None = None
+        """Why the step is launched from Python on a GPU; None: it is captured, or will be after `EAGER_STEPS`."""
+        self._captured: _Captured | None = None
+        self._eager_steps = 0
+        self._side_stream: torch.cuda.Stream | None = None
+        """Where steps run before the capture, as `torch.cuda.graph` wants it; None on a CPU."""
+        if device.type == "cuda":
+            self._side_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
     def take_step(self, step: int, data: Sequence[MicroBatch]) -> None:
         """One step of every replica that has not left, on the mean loss over its scored positions.
@@ -129,44 +191,68 @@ class Stack:
         """
         for optimiser, recipe in zip(self.optimisers, self.recipes, strict=True):
             set_learning_rate(optimiser, learning_rate(recipe, step))
+        if self._side_stream is None:
+            self._compute(data)
+        elif self._captured is not None:
+            self._captured.replay(data)
+        elif self._eager_steps < EAGER_STEPS or self.not_captured is not None:
+            self._eager_steps += 1
+            self._side_stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._side_stream):
+                self._compute([part.map(self._to_device) for part in data])
+            torch.cuda.current_stream().wait_stream(self._side_stream)
+        else:
+            self._capture(data)
+            self.take_step(step, data)
+
+    def _capture(self, data: Sequence[MicroBatch]) -> None:
+        try:
+            self._captured = _Captured(self._compute, [part.map(self._to_device) for part in data])
+        except RuntimeError as error:  # torch's own, of which CUDA's errors are a kind
+            torch.cuda.synchronize()
+            self.not_captured = str(error).partition("\n")[0]
+
+    def _to_device(self, x: Tensor) -> Tensor:
+        return x.to(self.device, non_blocking=True)
+
+    def _compute(self, data: Sequence[MicroBatch]) -> None:
         self._update(self._backward(data))
 
     def _backward(self, data: Sequence[MicroBatch]) -> Tensor:
         """The losses [replicas]; gradients are left where they belong."""
         recipe, n = self.recipes[0], len(self.members)
         n_scored = sum(part.targets.numel() for part in data) // n
-        losses = torch.zeros(n, device=self.device)
+        losses = []
         for part in data:
             with autocast(self.device, recipe.precision):
                 logits = self.model(part.inputs, part.at)
-            each = functional.cross_entropy(logits.float().flatten(0, -2), part.targets, reduction="none")
+            logits = at_least_float32(logits).flatten(0, -2)
+            each = functional.cross_entropy(logits, part.targets, reduction="none")
             mean = each.view(n, -1).sum(1) / n_scored
             torch.autograd.backward(mean.sum())
-            losses += mean.detach()
-        return losses
+            losses.append(mean.detach())
+        return torch.stack(losses).sum(0)
 
     @torch.no_grad()
     def _update(self, losses: Tensor) -> None:
         clip = self.recipes[0].clip
         if len(self.members) > 1:
-            for stacked, *parts in zip(self.model.parameters(), *self._parameters, strict=True):
+            for stacked, *slices in zip(self._stacked, *self._parameters, strict=True):
                 if stacked.grad is not None:
-                    for part, gradient in zip(parts, stacked.grad.unbind(), strict=True):
-                        part.grad = gradient
-        norms = torch.stack(
-            [
-                torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-                for parameters in self._parameters
-            ]
-        )
+                    for parameter, gradient in zip(slices, stacked.grad.unbind(), strict=True):
+                        parameter.grad = gradient
+        gradients = [[p.grad for p in parameters if p.grad is not None] for parameters in self._parameters]
+        norms = torch.stack([torch.nn.utils.get_total_norm(each) for each in gradients])
         is_finite = torch.isfinite(losses + norms)
         self._skips.copy_(~(is_finite & self._is_in))
         for parameters, norm, optimiser in zip(self._parameters, norms, self.optimisers, strict=True):
             if clip is not None:
                 torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
             optimiser.step()
-            optimiser.zero_grad()
-        self.model.zero_grad()
+            for parameter in parameters:
+                parameter.grad = None
+        for parameter in self._stacked:
+            parameter.grad = None
         self._count(losses, is_finite)
 
     def _count(self, losses: Tensor, is_finite: Tensor) -> None:
@@ -197,3 +283,20 @@ class Stack:
     def leave(self, index: int) -> None:
         """This replica is not trained any further."""
         self._is_in[index] = False
+
+
+class _Captured:
+    """A step as a CUDA graph: one launch, whatever it consists of."""
+
+    def __init__(self, compute: Callable[[Sequence[MicroBatch]], None], data: Sequence[MicroBatch]) -> None:
+        """`data`, on the device, is where the graph will read; capturing computes nothing."""
+        self._data = data
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            compute(data)
+
+    def replay(self, data: Sequence[MicroBatch]) -> None:
+        for kept, new in zip(self._data, data, strict=True):
+            for to, source in zip(kept.tensors, new.tensors, strict=True):
+                to.copy_(source, non_blocking=True)
+        self._graph.replay()
