@@ -1,0 +1,254 @@
+"""Replicas that train together: each is what it would be alone, and none notices another."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hqlt_search_space.arch import Arch
+from hqlt_search_space.errors import TrialPausedError
+from hqlt_search_space.recipe import Recipe
+from hqlt_search_space.tasks import Mqar, Parity
+from hqlt_search_space.trial import ReplicaResult, Trial, TrialResult
+from hqlt_trainer import run
+from hqlt_trainer.model import Model, build_model
+from hqlt_trainer.optimiser import optimiser_tensors
+from hqlt_trainer.replicas import MAX_BAD_STEPS, Stack, StepData, step_data
+from hqlt_trainer.run import run_trial, stacks
+from hqlt_trainer.tasks import build_task
+from hqlt_trainer.tasks.batch import Batch, TaskData
+
+CPU = torch.device("cpu")
+PARITY: dict[str, Any] = {
+    "kind": "parity",
+    "train_length": {"low": 3, "high": 9},
+    "test_length": {"low": 8, "high": 12},
+    "n_validation": 32,
+    "n_test": 32,
+}
+HYBRID: dict[str, Any] = {"kind": "hybrid", "n_heads": 2, "window": 4, "short_conv": 3, "output_gate": True}
+LAYERS: dict[str, list[dict[str, Any]]] = {
+    "hybrid": [HYBRID, {"kind": "attention", "n_heads": 2, "short_conv": 3}],
+    "gated": [
+        {**HYBRID, "rule": {"kind": "gated_delta"}, "blend": {"kind": "delayed_streaming"}, "mixing": "static_scalar"},
+        {**HYBRID, "rule": {"kind": "decay"}, "mixing": "dynamic_scalar", "branch_norm": True},
+    ],
+    "products": [
+        {"kind": "fast_weight", "n_heads": 2, "rule": {"kind": "delta_product", "n_householder": 2}},
+        {**HYBRID, "blend": {"kind": "delayed_chunk"}, "mixing": "concat"},
+    ],
+    "additive": [
+        {"kind": "fast_weight", "n_heads": 2, "rule": {"kind": "additive", "normaliser": "time"}},
+        {**HYBRID, "mixing": "separate_vector"},
+    ],
+}
+NAMES_OF_TIME = {"tokens_per_second", "train_seconds", "wall_seconds", "peak_memory_bytes", "checkpoint"}
+
+
+def _arch(layers: str = "hybrid") -> Arch:
+    return Arch.model_validate({"d_model": 8, "mlp_inner": 8, "layers": LAYERS[layers]})
+
+
+def _recipe(**changes: Any) -> Recipe:
+    return Recipe.model_validate({"steps": 20, "batch": 4, "learning_rate": 0.01, "warmup_fraction": 0, **changes})
+
+
+def _models(arch: Arch, count: int, vocab_size: int = 3) -> list[Model]:
+    return [build_model(arch, vocab_size, seed=seed, init_std=0.5).double() for seed in range(count)]
+
+
+def _data(task_data: TaskData, step: int, seeds: list[int], recipe: Recipe) -> StepData:
+    return step_data([task_data.train_batch(step, recipe.batch, seed, "cpu") for seed in seeds], recipe.accumulation)
+
+
+def _weights(model: Model) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("task", [Parity.model_validate(PARITY), Mqar(length=16, n_pairs=2, vocab_size=16)])
+@pytest.mark.parametrize("layers", LAYERS)
+def test_a_replica_in_a_stack_has_the_weights_it_gets_alone(layers: str, task: Parity | Mqar) -> None:
+    task_data = build_task(task)
+    recipes = [_recipe(clip=0.5, accumulation=2, learning_rate=rate) for rate in (0.01, 0.003, 0.02)]
+    together = Stack(_models(_arch(layers), 3, task_data.vocab_size), recipes, CPU)
+    alone = [
+        Stack([model], [recipe], CPU)
+        for model, recipe in zip(_models(_arch(layers), 3, task_data.vocab_size), recipes, strict=True)
+    ]
+    for step in range(4):
+        together.take_step(step, _data(task_data, step, [0, 1, 2], recipes[0]).parts)
+        for seed, stack in enumerate(alone):
+            stack.take_step(step, _data(task_data, step, [seed], recipes[0]).parts)
+    for i, stack in enumerate(alone):
+        weights = _weights(together.members[i])
+        for name, expected in _weights(stack.model).items():
+            assert (weights[name] - expected).norm() <= 1e-12 * expected.norm(), name
+        assert together.tallies()[i].loss_sum == pytest.approx(stack.tallies()[0].loss_sum, rel=1e-12)
+
+
+@pytest.mark.parametrize("how", ["leaves", "diverges"])
+def test_the_others_do_not_notice_who_leaves_the_stack(how: str) -> None:
+    task_data, recipe = build_task(Parity.model_validate(PARITY)), _recipe(clip=1.0)
+    complete, other = (Stack(_models(_arch(), 3), [recipe] * 3, CPU) for _ in range(2))
+    for step in range(MAX_BAD_STEPS + 5):
+        data = _data(task_data, step, [0, 1, 2], recipe)
+        if step == 2 and how == "leaves":
+            other.leave(1)
+            last = _weights(other.members[1])
+        if step == 2 and how == "diverges":
+            with torch.no_grad():
+                other.members[1].norm.weight[0] = torch.nan
+            last = _weights(other.members[1])
+        complete.take_step(step, data.parts)
+        other.take_step(step, data.parts)
+    for i in (0, 2):
+        expected = _weights(complete.members[i])
+        assert all(torch.equal(weight, expected[name]) for name, weight in _weights(other.members[i]).items())
+    assert [t for i, t in enumerate(complete.tallies()) if i != 1] == [
+        t for i, t in enumerate(other.tallies()) if i != 1
+    ]
+    now = _weights(other.members[1])
+    assert all(torch.equal(weight, now[name]) or name == "norm.weight" for name, weight in last.items())
+    left = other.tallies()[1]
+    assert left.has_diverged == (how == "diverges")
+    assert left.steps == (2 if how == "leaves" else 2 + MAX_BAD_STEPS + 1)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_skipped_step_changes_neither_weights_nor_moments(count: int) -> None:
+    recipe = _recipe(clip=1.0)
+    stack = Stack(_models(_arch(), count), [recipe] * count, CPU)
+    batch = Batch(torch.ones(2, 4, dtype=torch.long), torch.tensor([[-1, -1, -1, 1]] * 2), torch.tensor([4, 4]))
+    data = step_data([batch] * count, 1)
+    stack.take_step(0, data.parts)
+    member, optimiser = stack.members[-1], stack.optimisers[-1]
+    with torch.no_grad():
+        member.norm.weight[0] = torch.inf
+    moments = {name: tensor.clone() for name, tensor in optimiser_tensors(member, optimiser).items()}
+    weights = _weights(member)
+    stack.take_step(1, data.parts)
+    tally = stack.tallies()[-1]
+    assert (tally.skipped, tally.bad_in_a_row, tally.loss_count, tally.steps) == (1, 1, 1, 2)
+    assert moments.keys()
+    assert all(torch.equal(moments[name], now) for name, now in optimiser_tensors(member, optimiser).items())
+    assert all(torch.equal(weights[name], now) for name, now in _weights(member).items())
+
+
+def test_micro_batches_make_the_same_step_as_the_whole_batch() -> None:
+    task_data = build_task(Parity.model_validate(PARITY))
+    weights = []
+    for accumulation in (1, 4):
+        recipe = _recipe(accumulation=accumulation, clip=0.1, batch=8)
+        stack = Stack(_models(_arch(), 2), [recipe] * 2, CPU)
+        for step in range(5):
+            stack.take_step(step, _data(task_data, step, [0, 1], recipe).parts)
+        weights.append(_weights(stack.members[1]))
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][name], rtol=1e-9, atol=1e-12)
+
+
+def _trial(**changes: Any) -> Trial:
+    recipe = {"steps": 12, "batch": 4, "learning_rate": 0.01, **changes.pop("recipe", {})}
+    arch = {"d_model": 8, "mlp_inner": 8, "layers": LAYERS["hybrid"]}
+    return Trial.model_validate(
+        {"config": {"arch": arch, "recipe": recipe, "task": PARITY}, "seeds": (0, 1, 2), "rungs": (4, 8), **changes}
+    )
+
+
+def _what_a_rerun_repeats(replica: ReplicaResult) -> dict[str, Any]:
+    return replica.model_dump(exclude=NAMES_OF_TIME)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> TrialResult:
+    return run_trial(_trial(), tmp_path_factory.mktemp("unbroken"))
+
+
+def test_seeds_train_in_a_stack_and_the_result_says_so(unbroken: TrialResult) -> None:
+    assert unbroken.notes == ("seeds trained in stacks of 3: 4 x 8 x 8 values a replica on cpu",)
+    assert [replica.seed for replica in unbroken.replicas] == [0, 1, 2]
+    assert len({replica.weights_sha256 for replica in unbroken.replicas}) == 3
+    assert all(len(replica.curve) == 12 for replica in unbroken.replicas)
+
+
+def test_the_curves_are_those_of_seeds_that_train_alone(unbroken: TrialResult, tmp_path: Path) -> None:
+    alone = run_trial(_trial(seeds=(1,)), tmp_path).replicas[0]
+    for point, expected in zip(unbroken.replicas[1].curve, alone.curve, strict=True):
+        assert point.step == expected.step
+        assert point.metrics == pytest.approx(expected.metrics, rel=1e-4)
+    assert unbroken.replicas[1].metrics == pytest.approx(alone.metrics, rel=1e-4)
+
+
+@pytest.mark.parametrize("step", [0, 4, 7, 11])
+def test_a_stack_paused_anywhere_ends_as_the_unbroken_one(step: int, unbroken: TrialResult, tmp_path: Path) -> None:
+    polls = iter(range(100))
+    with pytest.raises(TrialPausedError, match=f"paused at step {step} "):
+        run_trial(_trial(), tmp_path, cancelled=lambda: next(polls) == step)
+    resumed = run_trial(_trial(), tmp_path)
+    for replica, expected in zip(resumed.replicas, unbroken.replicas, strict=True):
+        assert _what_a_rerun_repeats(replica) == _what_a_rerun_repeats(expected)
+
+
+@pytest.mark.parametrize("lost", ["damaged", "absent"])
+def test_a_stack_continues_where_all_its_replicas_have_a_checkpoint(
+    lost: str, unbroken: TrialResult, tmp_path: Path
+) -> None:
+    polls = iter(range(100))
+    with pytest.raises(TrialPausedError):
+        run_trial(_trial(), tmp_path, cancelled=lambda: next(polls) == 6)
+    newest = tmp_path / "seed-1/checkpoints/step-6"
+    if lost == "damaged":
+        (newest / "model.safetensors").write_bytes(b"x")
+    else:
+        newest.rename(newest.with_name("step-6.tmp"))
+    told: list[tuple[int, int]] = []
+    resumed = run_trial(_trial(), tmp_path, on_metrics=lambda seed, step, metrics: told.append((seed, step)))
+    assert told[:3] == [(0, 5), (1, 5), (2, 5)]
+    for replica, expected in zip(resumed.replicas, unbroken.replicas, strict=True):
+        assert _what_a_rerun_repeats(replica) == _what_a_rerun_repeats(expected)
+
+
+def test_a_replica_stopped_at_a_rung_changes_nothing_for_the_others_even_across_a_pause(
+    unbroken: TrialResult, tmp_path: Path
+) -> None:
+    def on_rung(seed: int, step: int, metrics: dict[str, float]) -> bool:
+        return seed != 1 or step < 8
+
+    polls = iter(range(100))
+    with pytest.raises(TrialPausedError):
+        run_trial(_trial(), tmp_path, on_rung, cancelled=lambda: next(polls) == 10)
+    resumed = run_trial(_trial(), tmp_path, on_rung)
+    assert [(replica.status, replica.step) for replica in resumed.replicas] == [
+        ("complete", 12),
+        ("stopped", 8),
+        ("complete", 12),
+    ]
+    assert "seed 1: kept the result of an earlier call" in resumed.notes
+    for i in (0, 2):
+        assert _what_a_rerun_repeats(resumed.replicas[i]) == _what_a_rerun_repeats(unbroken.replicas[i])
+    assert resumed.replicas[1].curve == unbroken.replicas[1].curve[:8]
+
+
+def test_a_large_step_trains_seeds_one_after_the_other() -> None:
+    def sizes(batch: int, n_seeds: int) -> list[int]:
+        trial = _trial(recipe={"batch": batch}, seeds=tuple(range(n_seeds)))
+        stacking = stacks(trial, build_task(trial.config.task))
+        assert [i for stack in stacking.stacks for i in stack] == list(range(n_seeds))
+        assert bool(stacking.reason) == (n_seeds > 1)
+        return [len(stack) for stack in stacking.stacks]
+
+    assert sizes(1024, 10) == [5, 5]  # 1024 x 8 x 8 values: eight replicas fit, and stacks are even
+    assert sizes(1025, 3) == [1, 1, 1]
+    assert sizes(4, 1) == [1]
+
+
+def test_a_stack_too_large_for_memory_trains_its_seeds_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for limits in (run.STACKED_VALUES, run.STACK_VALUES):
+        monkeypatch.setitem(limits, "cpu", 2**62)
+    layer = {"kind": "attention", "n_heads": 1, "positions": "none"}
+    arch = Arch.model_validate({"d_model": 2**22, "mlp_inner": 1, "layers": [layer]})
+    trial = _trial(seeds=(0, 1))
+    trial = trial.model_copy(update={"config": trial.config.model_copy(update={"arch": arch})})
+    result = run_trial(trial, tmp_path)
+    assert "a stack of 2 ran out of memory at step 0; its seeds trained alone" in result.notes
+    assert [replica.reason for replica in result.replicas] == ["out_of_memory"] * 2
