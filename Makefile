@@ -14,7 +14,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install check test test-gpu quickstart bench bench-kernels schema constraints
+.PHONY: help install check test test-gpu quickstart bench bench-kernels bench-throughput schema constraints
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo 'make check           format, lint, types and import arrows'
 	@echo 'make bench           overhead of the platform per trial, beside Ray Tune'
 	@echo 'make bench-kernels   the kernels beside their baselines'
+	@echo 'make bench-throughput  trainings an hour: one after another, side by side, stacked, captured'
 	@echo 'make schema          write search_space/studies/study.schema.json anew'
 	@echo 'make constraints     resolve the newest versions that pyproject.toml allows and write constraints.txt'
 
@@ -53,6 +54,9 @@ bench: install
 
 bench-kernels: install
 	$(BIN)/python -m hqlt_kernels.bench
+
+bench-throughput: install
+	$(BIN)/python -m hqlt_trainer.bench_throughput
 
 schema: install
 	$(BIN)/hqlt schema > search_space/studies/study.schema.json

@@ -211,6 +211,7 @@ class Stack:
         except RuntimeError as error:  # torch's own, of which CUDA's errors are a kind
             torch.cuda.synchronize()
             self.not_captured = str(error).partition("\n")[0]
+            self._forget_gradients()
 
     def _to_device(self, x: Tensor) -> Tensor:
         return x.to(self.device, non_blocking=True)
@@ -249,11 +250,13 @@ class Stack:
             if clip is not None:
                 torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
             optimiser.step()
+        self._forget_gradients()
+        self._count(losses, is_finite)
+
+    def _forget_gradients(self) -> None:
+        for parameters in (self._stacked, *self._parameters):
             for parameter in parameters:
                 parameter.grad = None
-        for parameter in self._stacked:
-            parameter.grad = None
-        self._count(losses, is_finite)
 
     def _count(self, losses: Tensor, is_finite: Tensor) -> None:
         loss_sum, loss_count, bad_in_a_row, skipped, steps = self._counts
@@ -292,7 +295,8 @@ class _Captured:
         """`data`, on the device, is where the graph will read; capturing computes nothing."""
         self._data = data
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # Of this thread alone: the one that makes data allocates pinned memory meanwhile.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             compute(data)
 
     def replay(self, data: Sequence[MicroBatch]) -> None:
