@@ -132,7 +132,7 @@ class Crew:
 
 
 def work(asked: dict[str, Any]) -> None:
-    """One worker: builds, warms up and says so; then trains for each number of seconds it reads, and prints its rate."""
+    """One worker: builds, warms up, says so; then trains for each number of seconds it reads, and prints its rate."""
     model = Model(asked["d_model"], asked["batch"])
     device: Literal["cpu", "cuda"] = asked["device"]
     n = asked["n_replicas"]

@@ -8,8 +8,8 @@ Autograd runs through the stack; norms, clipping and updates run on the slices. 
 arithmetic, so a replica that leaves is only no longer updated: its place stays, and the others go on to the bit as if
 it had stayed. The weights are those of a replica alone to rounding, not to the bit.
 
-`torch.func.vmap` over the model would do the same. Repeating the batching rules of every operation at every step took
-it 7 to 13 ms a step of a small model on a CPU, where the batch that is a stack costs nothing.
+`torch.func.vmap` over the model would do the same, 2 to 3 ms a step later on a CPU, because it looks for the batching
+rule of every operation; and it has none for our convolution. One batch for all replicas costs nothing of the kind.
 """
 
 import copy
