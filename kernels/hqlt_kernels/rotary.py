@@ -14,6 +14,8 @@ from torch.autograd.function import once_differentiable
 from hqlt_kernels.functions import quick_to_apply
 from hqlt_kernels.precision import compute_dtype
 
+LONGEST_REMEMBERED = 2**14  # positions of a table that is kept: 16 MiB for both halves at width 128
+
 
 def rotate(x: Tensor, base: float, position: int = 0) -> Tensor:
     """`x` [B, T, ..., D] turned along axis 1; `position` is the absolute position of its first token. D is even.
@@ -58,23 +60,27 @@ class _Rotation(torch.autograd.Function):
 
 
 def _turn(x: Tensor, base: float, position: int, time_axis: int, direction: int) -> Tensor:
-    width = x.shape[-1]
-    cos, sin = _table(base, position, x.shape[time_axis], width, x.dtype, x.device)
+    width, end = x.shape[-1], position + x.shape[time_axis]
+    if end <= LONGEST_REMEMBERED:  # decoding asks for another position at every token
+        first, last = 0, max(256, 1 << (end - 1).bit_length())
+    else:
+        first, last = position, end
+    cos, sin = (table[position - first : end - first] for table in _tables(base, first, last, width, x.dtype, x.device))
     shape = (-1, *(1,) * (x.dim() - time_axis - 2), width)
     return (x * cos.view(shape)).addcmul_(x.roll(width // 2, -1), sin.view(shape), value=direction)
 
 
-@lru_cache(maxsize=64)  # the same few lengths come back in every layer and step
-def _table(
-    base: float, position: int, length: int, width: int, dtype: torch.dtype, device: torch.device
+@lru_cache(maxsize=16)
+def _tables(
+    base: float, first: int, last: int, width: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin of every angle, [T, D]; sin is negative in the first half, which takes minus the second.
+    """cos and sin of the angles at positions first to last - 1, [positions, D].
 
-    Angles are computed in float64: in float32 a position of a million is already off by a tenth of a radian.
+    sin is negative in the first half, which takes minus the second. Angles are computed in float64: in float32 a
+    position of a million is already off by a tenth of a radian.
     """
     with torch.inference_mode(False):  # what is remembered must serve training too
         frequencies = base ** -(torch.arange(0, width, 2, dtype=torch.float64, device=device) / width)
-        positions = torch.arange(position, position + length, dtype=torch.float64, device=device)
-        angles = torch.outer(positions, frequencies)
+        angles = torch.outer(torch.arange(first, last, dtype=torch.float64, device=device), frequencies)
         cos, sin = angles.cos(), angles.sin()
         return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
