@@ -451,7 +451,7 @@ def reverse_scan_kernel(
 
 @triton.jit
 def _features_backward(x, y, dy, norm, inner, FEATURE: tl.constexpr):
-    """The gradient of x from that of y = phi(x); inner = <y, dy> and norm are of whole rows, the rest may be a slice."""
+    """The gradient of x from that of y = phi(x); inner = <y, dy> and norm are of whole rows, the rest of a slice."""
     if FEATURE == SILU_L2 or FEATURE == RELU_L2:
         dy = (dy - y * inner[:, None]) * norm[:, None]
     if FEATURE == SILU_L2:
