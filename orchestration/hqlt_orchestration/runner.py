@@ -126,7 +126,7 @@ class Driver:
         self._taken: set[str] = set()
         self._running: dict[AttemptKey, _Running] = {}
         self._phase: Phase = "ablate" if study.ablation else "search"
-        self._mirrored: dict[int, tuple[float, ...]] = {}  # what MLflow's front was last drawn from
+        self._mirrored_front: set[int] = set()  # the trials that MLflow shows on the front
         self._some_wait = True  # a replica may wait in the ledger
         self._all_proposed = study.search is None
         self._n_fresh = 0  # replicas of the replication, and those of them that have ended
@@ -215,7 +215,7 @@ class Driver:
 
     def _end(self, phase: Phase) -> None:
         self._show()
-        self._mirror_front()
+        self._mirror_front(last=True)
         self._put("phase_end", artifacts=[])
         self._flush()
 
@@ -545,19 +545,22 @@ class Driver:
             artifacts=[str(path) for path in artifacts],
         )
 
-    def _mirror_front(self) -> None:
-        if self._spool is None or not self._records:
-            return
+    def _mirror_front(self, *, last: bool = False) -> None:
+        """Hypervolume, and the rank of the trials that came to or left the front; at the last of every trial."""
         points = {
             record.number: minimised(self._study, record.objectives)
             for record in self._records.values()
             if record.objectives
         }
-        if points == self._mirrored:
+        if self._spool is None or not points:
             return
-        self._mirrored = points
-        rank_of = dict(zip(points, ranks(list(points.values())), strict=True))
-        self._put("front", step=len(points), hypervolume=front_hypervolume(self._results()), ranks=rank_of)
+        now = dict(zip(points, ranks(list(points.values())), strict=True))
+        front_now = {number for number, rank in now.items() if rank == 0}
+        changed = set(now) if last else front_now ^ self._mirrored_front
+        if changed:
+            self._mirrored_front = front_now
+            volume = front_hypervolume(self._results())
+            self._put("front", step=len(points), hypervolume=volume, ranks={n: now[n] for n in sorted(changed)})
 
     def _flush(self) -> None:
         if self._spool is not None:

@@ -73,6 +73,7 @@ class Proposer:
         self._search = study.search
         self._domains = study.domains()
         self._distributions = {name: distribution(domain) for name, domain in self._domains.items()}
+        self._space = {name: found for name, found in sorted(self._distributions.items()) if not found.single()}
         self._storage = _Holding(open_optuna(ledger.url))
         self._optuna = optuna.create_study(
             storage=self._storage,
@@ -141,12 +142,28 @@ class Proposer:
             self._optuna.sampler, self._storage.next_number = self._grid_sampler(), self._next_cell(ask)
         else:
             seed = seed_of(self._search.sampler.seed, number, ask)
-            self._optuna.sampler = _sampler(self._study, seed) if ask < REASKS else optuna.samplers.RandomSampler(seed)
+            own = ask < REASKS
+            self._optuna.sampler = self._sampler(seed) if own else optuna.samplers.RandomSampler(seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self._optuna.ask(self._distributions)
         held = self._storage.let_go()
         return dict(held.params), dict(held.system_attrs)
+
+    def _sampler(self, seed: int) -> BaseSampler:
+        match self._search.sampler.kind:
+            case "random":
+                return optuna.samplers.RandomSampler(seed)
+            case "tpe":
+                return optuna.samplers.TPESampler(seed=seed)
+            case "gp":
+                return optuna.samplers.GPSampler(seed=seed)
+            case "nsga2":
+                return _Nsga2(self._space, self._study.population, seed)
+            case "nsga3":
+                return _Nsga3(self._space, self._study.population, seed)
+            case "grid":
+                raise AssertionError("the grid keeps its sampler")
 
     def _grid_sampler(self) -> optuna.samplers.GridSampler:
         if self._grid is None:
@@ -278,22 +295,26 @@ def _points(name: str, domain: AxisDomain) -> Sequence[AxisValue]:
             raise AssertionError(f"the study schema refuses a grid over the real axis {name}")
 
 
-def _sampler(study: Study, seed: int) -> BaseSampler:
-    assert study.search is not None
-    sampler = study.search.sampler
-    match sampler.kind:
-        case "random":
-            return optuna.samplers.RandomSampler(seed)
-        case "tpe":
-            return optuna.samplers.TPESampler(seed=seed)
-        case "gp":
-            return optuna.samplers.GPSampler(seed=seed)
-        case "nsga2":
-            return optuna.samplers.NSGAIISampler(population_size=study.population, seed=seed)
-        case "nsga3":
-            return optuna.samplers.NSGAIIISampler(population_size=study.population, seed=seed)
-        case "grid":
-            raise AssertionError("the grid keeps its sampler")
+class _Nsga2(optuna.samplers.NSGAIISampler):
+    """NSGA-II that knows its space: every trial has every axis, so it need not be found out from all of them."""
+
+    def __init__(self, space: dict[str, BaseDistribution], population: int, seed: int) -> None:
+        super().__init__(population_size=population, seed=seed)
+        self._space = space
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self._space
+
+
+class _Nsga3(optuna.samplers.NSGAIIISampler):
+    """NSGA-III that knows its space."""
+
+    def __init__(self, space: dict[str, BaseDistribution], population: int, seed: int) -> None:
+        super().__init__(population_size=population, seed=seed)
+        self._space = space
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self._space
 
 
 def _constraint_of(violation: str) -> str:
@@ -330,12 +351,14 @@ class _Holding(BaseStorage):
         self.stored = stored
         self.study_id = _HELD
         self.history: list[FrozenTrial] = []
+        self._attributes: dict[str, Any] | None = None
         self.next_number: int | None = None
         self._held: FrozenTrial | None = None
 
     def look(self) -> list[FrozenTrial]:
         """The history as it is stored now, which is what samplers see until the next look."""
         self.history = list(self.stored.get_all_trials(self.study_id, deepcopy=False))
+        self._attributes = None
         return self.history
 
     def let_go(self) -> FrozenTrial:
@@ -393,6 +416,7 @@ class _Holding(BaseStorage):
         self.stored.set_study_user_attr(study_id, key, value)
 
     def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:
+        self._attributes = None
         self.stored.set_study_system_attr(study_id, key, value)
 
     def get_study_id_from_name(self, study_name: str) -> int:
@@ -408,7 +432,9 @@ class _Holding(BaseStorage):
         return self.stored.get_study_user_attrs(study_id)
 
     def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:
-        return self.stored.get_study_system_attrs(study_id)
+        if self._attributes is None:
+            self._attributes = self.stored.get_study_system_attrs(study_id)
+        return dict(self._attributes)
 
     def get_all_studies(self) -> list[Any]:
         return self.stored.get_all_studies()

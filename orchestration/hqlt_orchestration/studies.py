@@ -296,11 +296,16 @@ def free(name: str, store: Store) -> None:
     results = study_results(ledger, name)
     kept = {record.number for record in front(results.trials, results.objectives, results.constraints)}
     kept |= {record.number for record in results.trials if record.state in ("running", "waiting", "paused")}
-    freed = 0
+    removed: dict[tuple[int, int], int] = {}  # by device and inode: MLflow's artifacts are links to the same files
     for record in results.trials:
         if record.number in kept:
             continue
         for folder in store.trial_folder(name, record.number).glob("seed-*/checkpoints"):
-            freed += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            found = [path.stat() for path in folder.rglob("*") if path.is_file()]
+            removed |= {(status.st_dev, status.st_ino): status.st_size for status in found}
             shutil.rmtree(folder)
+    for path in (store.artifacts / name).rglob("*"):
+        if path.is_file() and (path.stat().st_dev, path.stat().st_ino) in removed:
+            path.unlink()
+    freed = sum(removed.values())
     print(f"{name}: {freed / 1024**2:.1f} MiB freed; the checkpoints of {len(kept)} trials are kept")

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import select
+import shutil
 import subprocess
 import sys
 import time
@@ -137,10 +138,11 @@ class Mirror:
         from mlflow import MlflowClient
 
         self._client = MlflowClient(tracking_uri=uri)
-        self._local = artifacts if uri.startswith("sqlite:") else None
-        if self._local is not None:
+        self._artifacts = artifacts.resolve() if uri.startswith("sqlite:") else None
+        if self._artifacts is not None:
             _use_wal(uri)
         self._experiment = ""
+        self._folder: Path | None = None  # of the experiment's artifacts, if it is on this machine
         self.study = ""
         self._runs: dict[RunKey, str] = {}
         self._pending: dict[str, _Pending] = {}
@@ -157,12 +159,14 @@ class Mirror:
         self.study = record["name"]
         found = self._client.get_experiment_by_name(self.study)
         if found is None:
-            where = str((self._local / self.study).resolve()) if self._local is not None else None
+            where = str(self._artifacts / self.study) if self._artifacts is not None else None
             self._experiment = self._client.create_experiment(self.study, where, tags={"hqlt.study": self.study})
         else:
+            where = found.artifact_location
             self._experiment = found.experiment_id
             if found.lifecycle_stage == "deleted":
                 self._client.restore_experiment(self._experiment)
+        self._folder = Path(where) if where is not None and where.startswith("/") else None
         self._runs = {}
         token: str | None = None
         while True:
@@ -180,22 +184,20 @@ class Mirror:
     def _on_phase(self, record: Record) -> None:
         run = self._run(record["phase"], None, record, name=record["phase"])
         self._client.update_run(run, status="RUNNING")
-        self._client.log_text(run, record["file_text"], "study.yaml")
-        self._client.log_text(run, record["study_json"], "study.json")
+        self._keep_text(run, record["file_text"], "study.yaml")
+        self._keep_text(run, record["study_json"], "study.json")
 
     def _on_phase_end(self, record: Record) -> None:
         run = self._run(record["phase"], None, record, name=record["phase"])
         self._send(run)
-        for path in record["artifacts"]:
-            if Path(path).exists():
-                self._client.log_artifact(run, path)
+        self._keep(run, record["artifacts"])
         self._client.set_terminated(run, "FINISHED", record["unix_ms"])
 
     def _on_trial(self, record: Record) -> None:
         run = self._run(record["phase"], record["number"], record, name=record["name"], tags=record["tags"])
         pending = self._of(run)
         pending.params |= {name: str(value)[:PARAM_CHARACTERS] for name, value in record["params"].items()}
-        self._client.log_text(run, record["trial_json"], "trial.json")
+        self._keep_text(run, record["trial_json"], "trial.json")
 
     def _on_metrics(self, record: Record) -> None:
         from mlflow.entities import Metric
@@ -210,12 +212,7 @@ class Mirror:
         run = self._run(record["phase"], record["number"], record)
         self._of(run).tags |= {"hqlt.state": record["state"], **record["tags"]}
         self._send(run)
-        for folder in record["artifacts"]:
-            path = Path(folder)
-            if path.is_dir():
-                self._client.log_artifacts(run, str(path), path.name)
-            elif path.exists():
-                self._client.log_artifact(run, str(path))
+        self._keep(run, record["artifacts"])
         status = {"complete": "FINISHED", "stopped": "FINISHED", "paused": "KILLED"}.get(record["state"], "FAILED")
         self._client.set_terminated(run, status, record["unix_ms"])
 
@@ -251,6 +248,30 @@ class Mirror:
             run = self._client.create_run(self._experiment, record["unix_ms"], own, name or f"trial {number}")
             self._runs[key] = run.info.run_id
         return self._runs[key]
+
+    def _keep(self, run: str, paths: Iterable[str]) -> None:
+        """Files and folders as artifacts of a run. On this machine they are linked, so they take no room twice."""
+        for path in map(Path, paths):
+            if not path.exists():
+                continue
+            if self._folder is None:
+                log = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
+                log(run, str(path), *([path.name] if path.is_dir() else []))
+                continue
+            target = self._folder / run / "artifacts" / path.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir():
+                shutil.copytree(path, target, dirs_exist_ok=True, copy_function=_link)
+            else:
+                shutil.copyfile(path, target)  # a log or a picture that may be written again
+
+    def _keep_text(self, run: str, text: str, name: str) -> None:
+        if self._folder is None:
+            self._client.log_text(run, text, name)
+            return
+        target = self._folder / run / "artifacts" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text, encoding="utf-8")
 
     def _of(self, run: str) -> _Pending:
         return self._pending.setdefault(run, _Pending())
@@ -317,6 +338,15 @@ def _batches(spool: Path, size: int = 500) -> Iterator[tuple[int, int, list[Reco
                 start, records = end, []
         if records:
             yield start, end, records
+
+
+def _link(source: str, target: str) -> None:
+    """A hard link, or where the file system has none, a copy. Checkpoints are never written again."""
+    Path(target).unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _use_wal(uri: str) -> None:
