@@ -1,4 +1,4 @@
-"""Compile the kernels for compute capability 9.0 and print, as JSON, what they need. Run by test_triton_compilation.py."""
+"""Compile the kernels for compute capability 9.0 and print, as JSON, what they need; for test_triton_compilation.py."""
 
 import json
 import re
