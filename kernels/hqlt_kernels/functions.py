@@ -7,6 +7,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+GRADIENT_INSIDE_VMAP = (
+    "this operator folds the axis that torch.func.vmap maps into the batch, which a gradient taken inside vmap cannot"
+    " follow; map the loss and take its gradient outside, as in torch.autograd.grad(vmap(loss)(inputs).sum(), inputs)"
+)
+
 FunctionClass = TypeVar("FunctionClass", bound=type[torch.autograd.Function])
 
 

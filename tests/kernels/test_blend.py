@@ -331,6 +331,20 @@ def test_vmap_over_replicas_is_a_loop_over_replicas(timing, writes):
         assert_equal(found, expected)
 
 
+def test_a_gradient_inside_vmap_is_refused_with_the_way_to_write_it():
+    inputs = torch.stack([make(10, seed=seed)["q"] for seed in range(2)])
+
+    def loss(x: Tensor) -> Tensor:
+        return blend(x, x, x, timing="synchronous", window=4).fw.square().sum()
+
+    torch.testing.assert_close(
+        torch.func.grad(lambda x: torch.func.vmap(loss)(x).sum())(inputs),
+        torch.stack([torch.func.grad(loss)(x) for x in inputs]),
+    )
+    with pytest.raises(NotImplementedError, match="take its gradient outside"):
+        torch.func.vmap(torch.func.grad(loss))(inputs)
+
+
 @pytest.mark.parametrize("backend", ["definition", "chunked"])
 def test_autocast_does_not_narrow_the_products_inside(backend):
     inputs = {name: x.float() for name, x in make(30).items()}

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from hqlt_kernels.fast_weight import definition
 from hqlt_kernels.feature_maps import FeatureMap, map_features
-from hqlt_kernels.functions import fold_mapped_axis, quick_to_apply, unfold_mapped_axis
+from hqlt_kernels.functions import GRADIENT_INSIDE_VMAP, fold_mapped_axis, quick_to_apply, unfold_mapped_axis
 from hqlt_kernels.precision import compute_dtype, outside_autocast
 
 STRONGEST_LOG_DECAY = -1e4  # its exp is 0 in float64 too, and sums of it stay finite where -inf - -inf would give NaN
@@ -192,7 +192,9 @@ class _Recurrence(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        q, _, _, _, _, initial_state, ctx.scale, ctx.tiling, _ = inputs
+        q, _, _, _, _, initial_state, ctx.scale, ctx.tiling, saves = inputs
+        if saves and len(output) == 2:
+            raise NotImplementedError(GRADIENT_INSIDE_VMAP)
         ctx.batch, ctx.length, ctx.n_heads, _ = q.shape
         ctx.starts_empty = initial_state is None
         ctx.mark_non_differentiable(*(x for x in output[2:] if x is not None))

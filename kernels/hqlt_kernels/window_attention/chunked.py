@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hqlt_kernels.functions import fold_mapped_axis, quick_to_apply, unfold_mapped_axis
+from hqlt_kernels.functions import GRADIENT_INSIDE_VMAP, fold_mapped_axis, quick_to_apply, unfold_mapped_axis
 from hqlt_kernels.precision import compute_dtype, outside_autocast
 
 BLOCK = 40  # queries; 24 to 48 are within 5 % of each other on one CPU thread (README.md)
@@ -91,7 +91,9 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *_, ctx.scale, ctx.view, _ = inputs
+        *_, ctx.scale, ctx.view, saves = inputs
+        if saves and len(output) == 1:
+            raise NotImplementedError(GRADIENT_INSIDE_VMAP)
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(*output[1:])
         ctx.set_materialize_grads(False)
