@@ -193,11 +193,12 @@ class Driver:
     def _begin(self, phase: Phase) -> None:
         self._phase = phase
         self._some_wait = True
+        self._read_ledger()
         if phase == "ablate":
             for cell in self._study.cells():
                 new = NewTrial(phase, cell.config, cell.choices, costs(cell.config), self._study.seeds, cell=cell.label)
                 self._ledger.claim(self._name, new, None)
-            self._rows = {row.number: row for row in self._ledger.trials(self._name)}
+            self._read_ledger()
         if phase == "replicate":
             assert self._study.replication is not None
             for record in self._front():
@@ -275,6 +276,8 @@ class Driver:
         dead = self._watch.dead(others)
         if self._proposer is not None:
             self._proposer.alone = not others
+        if others:  # whose trials count for the front too
+            self._read_ledger()
         for key, state in self._ledger.forget_drivers(self._name, dead):
             self._view.say(f"trial {key.number}, seed {key.seed}: its driver is gone; {_now(state)}")
             self._some_wait = True

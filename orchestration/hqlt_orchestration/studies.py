@@ -152,6 +152,8 @@ def _drive(study: Study, store: Store, ledger: Ledger, machine: Machine) -> int:
                 _export_front(results, store, spool)
         finally:
             left = spool.close(DRAIN_S)
+        if spool.broken:
+            view.say("the disk was full for a while: MLflow lacks a part of this run, the study itself lacks nothing")
         if left:
             view.say(
                 f"MLflow at {shown(store.mlflow_uri)} took not everything: {left:,} bytes wait in "

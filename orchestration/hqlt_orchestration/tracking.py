@@ -35,25 +35,34 @@ Record = dict[str, Any]
 
 
 class Spool:
-    """The driver's end: appends records and keeps a writer process running."""
+    """The driver's end: appends records and keeps a writer process running.
+
+    A disk that is full costs the mirror some records and the study nothing; `broken` then says so.
+    """
 
     def __init__(self, folder: Path, name: str, uri: str, artifacts: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._file: IO[str] = (folder / f"{name}.jsonl").open("a", encoding="utf-8")
+        fcntl.flock(self._file, fcntl.LOCK_SH)  # says that the file is still written to
+        self.broken = False
         self._writer = start_writer(folder, uri=uri, artifacts=artifacts)
 
     def put(self, kind: str, **values: Any) -> None:
         """Append a record, stamped with the time."""
-        self._file.write(json.dumps({"kind": kind, "unix_ms": time.time_ns() // 1_000_000, **values}) + "\n")
+        record = {"kind": kind, "unix_ms": time.time_ns() // 1_000_000, **values}
+        with self._noting_failure():
+            self._file.write(json.dumps(record) + "\n")
 
     def flush(self) -> None:
         """Let the writer see what was put. Survives the end of this process, not a power cut: the ledger does."""
-        self._file.flush()
+        with self._noting_failure():
+            self._file.flush()
 
     def close(self, timeout_s: float) -> int:
         """Wait for the writer to ship what is left. Returns the bytes that are still to be shipped."""
-        self._file.close()
+        with self._noting_failure():
+            self._file.close()
         assert self._writer.stdin is not None
         self._writer.stdin.close()  # what tells the writer that nothing more will come
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -62,6 +71,13 @@ class Spool:
             self._writer.terminate()
             self._writer.wait()
         return unshipped_bytes(self._folder)
+
+    @contextlib.contextmanager
+    def _noting_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            self.broken = True
 
 
 def start_writer(folder: Path, *, uri: str, artifacts: Path) -> "subprocess.Popen[bytes]":
@@ -298,9 +314,13 @@ class Mirror:
 
 
 def ship(folder: Path, mirror: Mirror) -> bool:
-    """Ship what the spools in `folder` hold. Returns whether there was anything."""
+    """Ship what the spools in `folder` hold. Returns whether there was anything.
+
+    A spool that nobody writes any more is removed when all of it has been shipped.
+    """
     any_sent = False
     for spool in sorted(folder.glob("*.jsonl"), key=lambda path: path.stat().st_mtime):
+        is_final = not _is_written(spool)
         for start, end, records in _batches(spool):
             position = Position.read(spool)
             mirror.careful = position.sending > start
@@ -310,7 +330,20 @@ def ship(folder: Path, mirror: Mirror) -> bool:
             mirror.apply(records)
             Position(end, end).write(spool)
             any_sent = True
+        if is_final:  # a last line without its end was cut off by a crash or a full disk
+            spool.unlink()
+            _position_file(spool).unlink(missing_ok=True)
     return any_sent
+
+
+def _is_written(spool: Path) -> bool:
+    """Whether the driver that writes `spool` still has it open."""
+    with spool.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _introduce(spool: Path, mirror: Mirror) -> None:

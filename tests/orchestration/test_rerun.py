@@ -9,8 +9,15 @@ from hqlt_search_space.tasks import Nothing
 from hqlt_search_space.trial import Config, Environment, Trial, TrialResult
 
 ENVIRONMENT = {
-    "python": "3.11", "torch": "2.13", "hqlt": "0.1", "source_version": "a", "platform": "x", "cpu": "y",
-    "instruction_set": "AVX2", "n_threads": 1, "device": "cpu",
+    "python": "3.11",
+    "torch": "2.13",
+    "hqlt": "0.1",
+    "source_version": "a",
+    "platform": "x",
+    "cpu": "y",
+    "instruction_set": "AVX2",
+    "n_threads": 1,
+    "device": "cpu",
 }
 REPLICA: dict[str, Any] = {
     "seed": 0,

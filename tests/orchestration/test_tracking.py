@@ -1,14 +1,14 @@
 """The spool and its writer, against a real MLflow."""
 
+import fcntl
 import json
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from hqlt_orchestration.tracking import Position, Spool, ship, unshipped_bytes
-
-STUDY = {"kind": "study", "name": "small", "unix_ms": 1}
 
 
 class Recorder:
@@ -26,44 +26,54 @@ class Recorder:
         self.applied.append((self.careful, kinds))
 
 
-def write(path: Path, kinds: list[str], end: str = "") -> None:
-    lines = [json.dumps({"kind": kind, "name": "small", "unix_ms": 1}) for kind in kinds]
-    path.write_text("".join(line + "\n" for line in lines) + end)
+@pytest.fixture
+def spool(tmp_path: Path) -> Iterator[IO[str]]:
+    """A spool as a driver holds it open."""
+    with (tmp_path / "a.jsonl").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        write(file, "study")
+        yield file
 
 
-def test_what_was_shipped_is_not_shipped_again(tmp_path: Path) -> None:
-    write(tmp_path / "a.jsonl", ["study", "one"])
+def write(file: IO[str], *kinds: str) -> None:
+    file.write("".join(json.dumps({"kind": kind, "name": "small", "unix_ms": 1}) + "\n" for kind in kinds))
+    file.flush()
+
+
+def test_what_was_shipped_is_not_shipped_again(tmp_path: Path, spool: IO[str]) -> None:
+    write(spool, "one")
     mirror: Any = Recorder()
     assert ship(tmp_path, mirror)
     assert not ship(tmp_path, mirror)
-    with (tmp_path / "a.jsonl").open("a") as file:
-        file.write('{"kind": "two"}\n')
+    write(spool, "two")
     ship(tmp_path, mirror)
     assert mirror.applied == [(False, ["study", "one"]), (False, ["two"])]
     assert unshipped_bytes(tmp_path) == 0
 
 
-def test_a_line_that_is_being_written_waits(tmp_path: Path) -> None:
-    write(tmp_path / "a.jsonl", ["study"], end='{"kind": "ha')
+def test_a_line_that_is_being_written_waits_and_one_that_never_will_be_does_not(tmp_path: Path, spool: IO[str]) -> None:
+    spool.write('{"kind": "ha')
+    spool.flush()
     mirror: Any = Recorder()
     ship(tmp_path, mirror)
     assert mirror.applied == [(False, ["study"])]
     assert unshipped_bytes(tmp_path) == len('{"kind": "ha')
+    spool.close()
+    ship(tmp_path, mirror)
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_batch_that_may_have_arrived_is_sent_again_with_care(tmp_path: Path) -> None:
-    spool = tmp_path / "a.jsonl"
-    write(spool, ["study", "one"])
+def test_a_batch_that_may_have_arrived_is_sent_again_with_care(tmp_path: Path, spool: IO[str]) -> None:
     mirror: Any = Recorder()
     ship(tmp_path, mirror)
-    with spool.open("a") as file:
-        file.write('{"kind": "outage"}\n')
+    write(spool, "outage")
     with pytest.raises(ConnectionError):
         ship(tmp_path, mirror)
-    spool.write_text(spool.read_text().replace("outage", "repair"))
+    path = tmp_path / "a.jsonl"
+    path.write_text(path.read_text().replace("outage", "repair"))
     ship(tmp_path, mirror)
     assert mirror.applied[-1] == (True, ["repair"])
-    assert Position.read(spool).done == spool.stat().st_size
+    assert Position.read(path).done == path.stat().st_size
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -99,10 +109,14 @@ def test_mlflow_has_every_point_once_even_if_a_batch_is_sent_twice(tmp_path: Pat
         artifacts=[str(checkpoint)],
     )
     spool.put("phase_end", phase="search", artifacts=[])
-    assert spool.close(60) == 0
+    spool.flush()
     path = tmp_path / "spool" / "driver.jsonl"
-    Position(0, path.stat().st_size).write(path)  # as if the writer had died before it could say that all has arrived
-    again = Spool(tmp_path / "spool", "driver", f"sqlite:///{database}", artifacts)
+    everything = path.read_bytes()
+    assert spool.close(60) == 0
+    assert not path.exists()
+    path.write_bytes(everything)
+    Position(0, len(everything)).write(path)  # as if the writer had died before it could say that all has arrived
+    again = Spool(tmp_path / "spool", "another", f"sqlite:///{database}", artifacts)
     assert again.close(60) == 0
     with sqlite3.connect(database) as connection:
         runs = dict(connection.execute("SELECT name, status FROM runs"))
