@@ -100,6 +100,18 @@ def test_the_custom_operator_keeps_pytorchs_contract():
     )
 
 
+def test_the_operator_is_traced_into_one_graph():
+    leaves = [x.float().requires_grad_() for x in inputs(dtype=torch.float32, decay=True, n_tokens=40)]
+    run = fused(timing="delayed_streaming", window=8, delay_beta=True, feature_map="silu_l2", kv_rope_base=1e4)
+    traced = torch.compile(lambda *x: run(*x)[2] * 2, backend="aot_eager", fullgraph=True)
+    for x, y in zip(
+        torch.autograd.grad(traced(*leaves).square().sum(), leaves),
+        torch.autograd.grad((run(*leaves)[2] * 2).square().sum(), leaves),
+        strict=True,
+    ):
+        assert torch.equal(x, y)
+
+
 if CUDA:
     SMALL = {"head_dim": 128, "n_tokens": 200}
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from hqlt_kernels.backends import Forced, Operator, choose_backend
 from hqlt_kernels.fast_weight import chunked, definition
 from hqlt_kernels.feature_maps import FeatureMap, map_features
+from hqlt_kernels.packed import Packed
 from hqlt_kernels.precision import compute_dtype
 
 Normaliser = Literal["none", "time", "heads"]
@@ -27,6 +28,8 @@ def fast_weight(
     scale: float | None = None,
     read_chunk: int | None = None,
     initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    longest: int | None = None,
     backend: Forced = "auto",
 ) -> tuple[Tensor, Tensor]:
     """What a fast-weight memory answers to each query, and the memory after the last token.
@@ -50,10 +53,34 @@ def fast_weight(
     [B, H, K, V + 1] and the last column is z. Gradients flow through both states. Computed in float32, or float64 if
     an input is; o [B, T, H, V] has the dtype of v. Works under `torch.func.vmap`.
 
+    `cu_seqlens` [n + 1]: B is 1 and n sequences stand one after the other, borders first to last; states are
+    [n, H, K, V]. They are padded to the longest (given, or read from the device) inside. Not with normaliser "time".
+
     Raises:
         ValueError: shapes that do not fit together, a normaliser with beta or log_decay, read_chunk below 1.
         BackendUnavailableError: a forced backend cannot run here.
     """
+    if cu_seqlens is not None:
+        if q.shape[0] != 1 or normaliser == "time":
+            raise ValueError(
+                f"packed sequences have batch 1 and no normaliser over time; got {q.shape[0]}, {normaliser}"
+            )
+        layout = Packed.of(cu_seqlens, q.shape[1], longest)
+        # Zeros behind the end write nothing: their value is zero, or their beta.
+        o, state = fast_weight(
+            layout.padded(q),
+            layout.padded(k),
+            layout.padded(v),
+            beta=None if beta is None else layout.padded(beta),
+            log_decay=None if log_decay is None else layout.padded(log_decay),
+            feature_map=feature_map,
+            normaliser=normaliser,
+            scale=scale,
+            read_chunk=read_chunk,
+            initial_state=initial_state,
+            backend=backend,
+        )
+        return layout.packed(o), state
     rule = rule_of(k, beta, log_decay)
     _check(q, k, v, beta, log_decay, normaliser, read_chunk, initial_state)
     if q.shape[1] == 0:

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from hqlt_kernels.backends import Forced, choose_backend
+from hqlt_kernels.packed import Packed
 from hqlt_kernels.rotary import rotate
 from hqlt_kernels.window_attention import chunked, definition
 
@@ -17,6 +18,8 @@ def window_attention(
     chunk_aligned: bool = False,
     position: int = 0,
     scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    longest: int | None = None,
     backend: Forced = "auto",
 ) -> Tensor:
     """Causal softmax attention over the last `window` keys, the current one included; None is all keys.
@@ -30,10 +33,29 @@ def window_attention(
     decoding with a KV cache in front. `position` is the absolute position of the first key. Returns [B, T, H, V] in
     the dtype of v, computed in float32, or float64 if an input is. Works under `torch.func.vmap`.
 
+    `cu_seqlens` [n + 1]: B is 1 and n sequences stand one after the other, borders first to last, each from position
+    `position`. They are padded to the longest (given, or read from the device) inside.
+
     Raises:
         ValueError: shapes that do not fit together, a window below 1, chunks without a window.
         BackendUnavailableError: a forced backend cannot run here.
     """
+    if cu_seqlens is not None:
+        if q.shape[0] != 1 or q.shape[1] != k.shape[1]:
+            raise ValueError(f"packed sequences are a batch of 1 with a key for each query; got q {tuple(q.shape)}")
+        layout = Packed.of(cu_seqlens, q.shape[1], longest)
+        o = window_attention(
+            layout.padded(q),
+            layout.padded(k),
+            layout.padded(v),
+            window=window,
+            rope_base=rope_base,
+            chunk_aligned=chunk_aligned,
+            position=position,
+            scale=scale,
+            backend=backend,
+        )
+        return layout.packed(o)
     _check(q, k, v, window, chunk_aligned)
     n_queries, n_keys = q.shape[1], k.shape[1]
     if window is not None and n_keys > n_queries + window - 1:  # older keys are in nobody's window
