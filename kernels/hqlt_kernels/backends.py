@@ -70,6 +70,8 @@ def choose_backend(
     if forced != "auto":
         raise ValueError(f"no backend {forced!r}; there is auto, {', '.join(BACKENDS)}")
     if refusal is None:
+        if operator == "window_attention" and dtype != torch.float32:
+            here += "; where every query sees all keys, PyTorch's flash attention"
         return Choice(operator, "triton", here)
     return Choice(operator, "chunked", here if device.type == "cpu" else f"{here}; not triton: {refusal}")
 

@@ -23,6 +23,8 @@ def fold_replicas(op: CustomOpDef) -> None:
             return x.flatten(0, 1)
 
         outputs = op(*(fold(x, dim) for x, dim in zip(args, in_dims, strict=True)))
+        if isinstance(outputs, Tensor):
+            return outputs.reshape(n, -1, *outputs.shape[1:]), 0
         unfolded = [x if x.numel() == 0 else x.unflatten(0, (n, -1)) for x in outputs]
         dims = [None if x.numel() == 0 else 0 for x in outputs]
         return (unfolded, dims) if isinstance(outputs, list) else (tuple(unfolded), tuple(dims))

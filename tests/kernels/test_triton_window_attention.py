@@ -84,6 +84,13 @@ def test_queries_behind_a_cache_of_keys(n_tokens, n_keys, window):
     check(dtype=torch.float32, head_dim=32, n_tokens=n_tokens, n_keys=n_keys, window=window, position=3)
 
 
+def test_all_keys_of_a_long_sequence_in_16_bits():
+    """There PyTorch's flash attention takes over, between our rotations."""
+    dtype = torch.bfloat16 if CUDA else torch.float16
+    check(dtype=dtype, head_dim=32, n_tokens=270, window=None)
+    check(dtype=dtype, head_dim=32, n_tokens=260, window=300, rope_base=None)
+
+
 def test_changing_a_token_leaves_earlier_outputs_bit_identical():
     torch.manual_seed(0)
     options = {"window": 20, "rope_base": 1e4, "chunk_aligned": False, "position": 0, "scale": 1.0}

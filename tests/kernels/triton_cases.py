@@ -17,7 +17,9 @@ from torch import Tensor
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 
-if not CUDA:  # read when a kernel is decorated, and again when it runs
+if CUDA:  # read when a kernel is decorated, and again when it runs
+    os.environ.pop("TRITON_INTERPRET", None)
+else:
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 

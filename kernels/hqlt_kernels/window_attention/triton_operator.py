@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from hqlt_kernels.triton_replicas import fold_replicas
 from hqlt_kernels.window_attention import triton_kernels as kernels
@@ -32,12 +33,20 @@ def window_attention(
     """The attention of `definition.window_attention`, with rotary embedding inside.
 
     Dots take operands in the dtype of the inputs and add in float32; float32 inputs are multiplied in three tf32 parts.
+    16-bit inputs whose queries see all keys before them go through PyTorch's flash attention: tiles of 64 are wrong there.
     """
     out_dtype = v.dtype
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
-    n_keys = k.shape[1]
+    n_queries, n_keys = q.shape[1], k.shape[1]
+    sees_all = not chunk_aligned and span(window, n_keys, chunk_aligned) == n_keys
+    if sees_all and n_queries == n_keys > LARGEST_REACH and dtype != torch.float32:
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        if rope_base is not None:
+            q, k = turn(q.contiguous(), rope_base, position, False), turn(k.contiguous(), rope_base, position, False)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2).to(out_dtype)
     o: Tensor = window_forward(
         q.to(dtype).contiguous(),
         k.to(dtype).contiguous(),
@@ -65,7 +74,7 @@ def run_forward(
     o, lse = _forward_outputs(q, v)
     plan = _Plan(q, k, v, window, rope_base, aligned, phase)
     if plan.turned_before:
-        q, k = _turn_all(q, rope_base, k.shape[1] - q.shape[1], back=False), _turn_all(k, rope_base, 0, back=False)
+        q, k = run_turn(q, rope_base, k.shape[1] - q.shape[1], False), run_turn(k, rope_base, 0, False)
     kernels.forward_kernel[(triton.cdiv(q.shape[1], plan.tile), q.shape[0] * q.shape[2])](
         q, k, v, plan.cos, plan.sin, o, lse, q.shape[1], k.shape[1], window, phase, scale, **plan.constants,
         num_warps=4, num_stages=plan.stages,
@@ -94,7 +103,7 @@ def run_backward(
     plan = _Plan(q, k, v, window, rope_base, aligned, phase)
     offset = k.shape[1] - q.shape[1]
     if plan.turned_before:
-        q, k = _turn_all(q, rope_base, offset, back=False), _turn_all(k, rope_base, 0, back=False)
+        q, k = run_turn(q, rope_base, offset, False), run_turn(k, rope_base, 0, False)
     delta = torch.empty_like(lse)
     sizes = (q.shape[1], k.shape[1], window, phase, scale)
     kernels.query_gradient_kernel[(triton.cdiv(q.shape[1], plan.tile), q.shape[0] * q.shape[2])](
@@ -106,7 +115,7 @@ def run_backward(
         num_warps=4, num_stages=plan.stages,
     )  # fmt: skip
     if plan.turned_before:
-        dq, dk = _turn_all(dq, rope_base, offset, back=True), _turn_all(dk, rope_base, 0, back=True)
+        dq, dk = run_turn(dq, rope_base, offset, True), run_turn(dk, rope_base, 0, True)
     return dq, dk, dv
 
 
@@ -146,7 +155,7 @@ class _Plan:
         }
 
 
-def _turn_all(x: Tensor, base: float, position: int, *, back: bool) -> Tensor:
+def run_turn(x: Tensor, base: float, position: int, back: bool) -> Tensor:
     """`x` [B, T, H, D] turned by absolute positions, or turned back."""
     batch, n_tokens, n_heads, head_dim = x.shape
     cos, sin = _table(base, n_tokens, head_dim, position, x.device, torch.float32)
@@ -155,6 +164,9 @@ def _turn_all(x: Tensor, base: float, position: int, *, back: bool) -> Tensor:
         x, y, cos, sin, n_tokens, H=n_heads, D=head_dim, BT=32, BACK=back
     )
     return y
+
+
+turn = torch.library.custom_op("hqlt::turn", run_turn, mutates_args=())
 
 
 @lru_cache(maxsize=32)
@@ -200,6 +212,18 @@ def _backward(ctx: Any, do: Tensor | None, _dlse: None) -> tuple[Tensor | None, 
     return (*window_backward(*ctx.saved_tensors, do.contiguous(), *ctx.options), *(None,) * 5)
 
 
+def _turn_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.options = inputs[1:]
+
+
+def _turn_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    base, position, back = ctx.options
+    return turn(dy.contiguous(), base, position, not back), None, None, None
+
+
+turn.register_fake(lambda x, *_: torch.empty_like(x))
+turn.register_autograd(_turn_backward, setup_context=_turn_setup_context)
 window_forward.register_autograd(_backward, setup_context=_setup_context)
 fold_replicas(window_forward)
 fold_replicas(window_backward)
+fold_replicas(turn)
