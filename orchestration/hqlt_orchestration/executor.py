@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
@@ -42,19 +42,21 @@ class AttemptKey:
 
 @dataclass(frozen=True)
 class Job:
-    """A trial with one seed, to be run in the folder `out`, which it shares with the trial's other seeds."""
+    """A trial to be run in the folder `out`, which it shares with its other seeds: attempts at one seed or, where they
+    train as one stack, at several. A seed of the trial without an attempt here has its result already.
+    """
 
-    key: AttemptKey
+    keys: tuple[AttemptKey, ...]
     trial: Trial
     out: Path
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travels as JSON: pickling the values of a trial one by one takes a millisecond."""
-        return _job, (self.key, self.trial.model_dump_json(), self.out)
+        return _job, (self.keys, self.trial.model_dump_json(), self.out)
 
 
-def _job(key: AttemptKey, trial: str, out: Path) -> Job:
-    return Job(key, Trial.from_json(trial), out)
+def _job(keys: tuple[AttemptKey, ...], trial: str, out: Path) -> Job:
+    return Job(keys, Trial.from_json(trial), out)
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class RungReached:
-    """The job stands still until `answer` says whether it goes on."""
+    """The job stands still until `answer` says whether this seed goes on."""
 
     key: AttemptKey
     step: int
@@ -78,7 +80,7 @@ class RungReached:
 
 @dataclass(frozen=True)
 class Finished:
-    """The job has a result, which may be a failure with its reason."""
+    """The seed has a result, the only replica in there, which may be a failure with its reason."""
 
     key: AttemptKey
     result: TrialResult
@@ -107,8 +109,9 @@ Device = Literal["cpu", "cuda"]
 class Executor(Protocol):
     """Runs jobs, at most `slots` at a time.
 
-    A submitted job ends with exactly one of Finished, Paused or Crashed. Between `submit` and that event its key is
-    the caller's to use with `answer`, `cancel` and `kill`; a key of no running job is ignored.
+    A submitted job ends with exactly one of Finished, Paused or Crashed for each of its keys. Between `submit` and that
+    event a key is the caller's to use with `answer`, `cancel` and `kill`; a key of no running job is ignored. Seeds
+    that train together are paused and killed together.
     """
 
     name: str
@@ -159,47 +162,68 @@ class Worker:
         return self._has_cuda
 
     def run(self, job: Job) -> None:
-        """Run `job` to its end, which is an event."""
+        """Run `job` to its end, which is an event for each of its keys."""
         try:
-            folder = replica_folder(job.out, job.key.seed)
-            folder.mkdir(parents=True, exist_ok=True)
-            with _alone_in(folder), _log(job, folder, capture=self._capture) as log:
-                end = self._end_of(job, log)
+            with contextlib.ExitStack() as held:
+                logs: dict[int, IO[str]] = {}
+                for key in sorted(job.keys):
+                    folder = replica_folder(job.out, key.seed)
+                    folder.mkdir(parents=True, exist_ok=True)
+                    held.enter_context(_alone_in(folder))
+                    capture = self._capture and not logs  # of a stack, the first seed's log has what was printed
+                    logs[key.seed] = held.enter_context(_log(key, folder, capture=capture))
+                ends = self._ends_of(job, logs)
         except Exception:  # noqa: BLE001  whatever it was, the driver must hear that the job has ended
-            end = Crashed(job.key, traceback.format_exc())
-        self._events.put(end)
+            text = traceback.format_exc()
+            ends = [Crashed(key, text) for key in job.keys]
+        for end in ends:
+            self._events.put(end)
 
-    def _end_of(self, job: Job, log: IO[str]) -> Event:
+    def _ends_of(self, job: Job, logs: dict[int, IO[str]]) -> list[Event]:
+        keys = {key.seed: key for key in job.keys}  # what happens to a seed without one is nobody's business here
+
         def cancelled() -> bool:
-            return job.key in self._cancelled
+            return not self._cancelled.isdisjoint(job.keys)
 
-        def on_metrics(_seed: int, step: int, metrics: dict[str, float]) -> None:
-            log.write(f"step {step}  " + "  ".join(f"{name} {value:.6g}" for name, value in metrics.items()) + "\n")
-            self._events.put(Measured(job.key, step, dict(metrics), time.time_ns() // 1_000_000))
+        def on_metrics(seed: int, step: int, metrics: dict[str, float]) -> None:
+            if seed not in keys:
+                return
+            line = "  ".join(f"{name} {value:.6g}" for name, value in metrics.items())
+            logs[seed].write(f"step {step}  {line}\n")
+            self._events.put(Measured(keys[seed], step, dict(metrics), time.time_ns() // 1_000_000))
 
-        def on_rung(_seed: int, step: int, metrics: dict[str, float]) -> bool:
-            self._events.put(RungReached(job.key, step, dict(metrics)))
+        def on_rung(seed: int, step: int, metrics: dict[str, float]) -> bool:
+            if seed not in keys:
+                return True
+            self._events.put(RungReached(keys[seed], step, dict(metrics)))
             while not cancelled():
                 with contextlib.suppress(queue.Empty):
                     key, answered, go_on = self._answers.get(timeout=0.2)
-                    if (key, answered) == (job.key, step):
+                    if (key, answered) == (keys[seed], step):
                         return go_on
             return True  # the next look at `cancelled` ends the job
+
+        def log(text: str) -> None:
+            for file in logs.values():
+                file.write(f"{text}\n")
 
         try:
             result = self._run_trial(job.trial, job.out, on_rung, on_metrics=on_metrics, cancelled=cancelled)
         except TrialPausedError as paused:
-            log.write(f"{paused}\n")
-            return Paused(job.key)
+            log(str(paused))
+            return [Paused(key) for key in job.keys]
         except Exception as error:  # noqa: BLE001  recorded whole, with its traceback
             text = str(error) if isinstance(error, HqltError) else traceback.format_exc()
-            log.write(text + "\n")
-            return Crashed(job.key, text)
+            log(text)
+            return [Crashed(key, text) for key in job.keys]
+        ends: list[Event] = []
         for replica in result.replicas:
-            log.write(f"seed {replica.seed}: {replica.status} at step {replica.step}\n")
-            if replica.message:
-                log.write(replica.message + "\n")
-        return Finished(job.key, result)
+            if replica.seed in keys:
+                logs[replica.seed].write(f"seed {replica.seed}: {replica.status} at step {replica.step}\n")
+                if replica.message:
+                    logs[replica.seed].write(replica.message + "\n")
+                ends.append(Finished(keys[replica.seed], result.model_copy(update={"replicas": (replica,)})))
+        return ends
 
     def events(self, timeout_s: float) -> list[Event]:
         """Every event since the last call; waits up to `timeout_s` for the first."""
@@ -233,24 +257,23 @@ class InlineExecutor:
         if gpus and not self._worker.has_cuda():
             raise _no_gpu(gpus)
         self.device: Device = "cuda" if self._worker.has_cuda() and gpus != 0 else "cpu"
-        self._job: AttemptKey | None = None
+        self._running: set[AttemptKey] = set()
         self._thread: threading.Thread | None = None
 
     def free(self) -> int:
-        return int(self._job is None)
+        return int(not self._running)
 
     def submit(self, job: Job) -> None:
-        assert self._job is None, f"job {self._job} still runs"
-        self._job = job.key
+        assert not self._running, f"{self._running} still run"
+        self._running = set(job.keys)
         self._thread = threading.Thread(target=self._worker.run, args=(job,), daemon=True)
         self._thread.start()
 
     def poll(self, timeout_s: float) -> list[Event]:
-        if self._job is None:
+        if not self._running:
             return []
         found = self._worker.events(timeout_s)
-        if any(isinstance(event, END) for event in found):
-            self._job = None
+        self._running -= {event.key for event in found if isinstance(event, END)}
         return found
 
     def answer(self, key: AttemptKey, step: int, *, go_on: bool) -> None:
@@ -264,8 +287,9 @@ class InlineExecutor:
         self.cancel(key)
 
     def close(self) -> None:
-        if self._thread is not None and self._job is not None:
-            self._worker.cancel(self._job)
+        if self._thread is not None and self._running:
+            for key in self._running:
+                self._worker.cancel(key)
             self._thread.join(PAUSE_GRACE_S)
 
 
@@ -276,8 +300,10 @@ class _Slot:
     actor: Any
     waiting_for: Any
     ready: bool = False
-    job: AttemptKey | None = None
+    keys: set[AttemptKey] = field(default_factory=set)
+    """What has not ended of the job that runs."""
     n_jobs: int = 0
+    spoilt: bool = False
 
 
 class RayExecutor:
@@ -321,11 +347,11 @@ class RayExecutor:
         return _Slot(actor, actor.has_cuda.remote())
 
     def free(self) -> int:
-        return sum(slot.ready and slot.job is None for slot in self._slots)
+        return sum(slot.ready and not slot.keys for slot in self._slots)
 
     def submit(self, job: Job) -> None:
-        slot = next(slot for slot in self._slots if slot.ready and slot.job is None)
-        slot.job = job.key
+        slot = next(slot for slot in self._slots if slot.ready and not slot.keys)
+        slot.keys = set(job.keys)
         slot.n_jobs += 1
         slot.actor.run.remote(job)
         slot.waiting_for = slot.actor.events.remote(_LONG_POLL_S)
@@ -353,22 +379,24 @@ class RayExecutor:
             return []
         found: list[Event] = answer
         ends = [event for event in found if isinstance(event, END)]
-        if not ends:
+        slot.keys -= {end.key for end in ends}
+        slot.spoilt = slot.spoilt or any(_spoils_its_worker(end) for end in ends)
+        if slot.keys:
             slot.waiting_for = slot.actor.events.remote(_LONG_POLL_S)
             return found
-        slot.job, slot.waiting_for = None, None
-        if slot.n_jobs >= TRIALS_PER_WORKER or _spoils_its_worker(ends[0]):
+        slot.waiting_for = None
+        if slot.n_jobs >= TRIALS_PER_WORKER or slot.spoilt:
             self._renew(slot)
         return found
 
     def _replace_dead(self, slot: _Slot, error: Exception) -> list[Event]:
-        job = slot.job
         if not slot.ready:
             self._failed_starts += 1
             if self._failed_starts >= _WORKER_STARTS:
                 raise ResourceError(f"no worker process will start; the last said: {error}") from error
         self._renew(slot)
-        return [] if job is None else [Crashed(job, _obituary(error, self._ray.exceptions))]
+        obituary = _obituary(error, self._ray.exceptions)
+        return [Crashed(key, obituary) for key in sorted(slot.keys)]
 
     def _renew(self, slot: _Slot) -> None:
         self._ray.kill(slot.actor)
@@ -387,7 +415,7 @@ class RayExecutor:
             self._ray.kill(slot.actor)
 
     def _of(self, key: AttemptKey) -> list[_Slot]:
-        return [slot for slot in self._slots if slot.job == key]
+        return [slot for slot in self._slots if key in slot.keys]
 
     def close(self) -> None:
         for slot in self._slots:
@@ -471,11 +499,11 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _log(job: Job, folder: Path, *, capture: bool) -> Iterator[IO[str]]:
+def _log(key: AttemptKey, folder: Path, *, capture: bool) -> Iterator[IO[str]]:
     """The log of a trial, appended to by every attempt. With `capture`, file descriptors 1 and 2 go there too."""
     with (folder / LOG_FILE).open("a", buffering=1, encoding="utf-8") as log:
         when = time.strftime("%Y-%m-%d %H:%M:%S")
-        log.write(f"{when}  attempt {job.key.attempt} of trial {job.key.number}, seed {job.key.seed}\n")
+        log.write(f"{when}  attempt {key.attempt} of trial {key.number}, seed {key.seed}\n")
         if not capture:
             yield log
             return

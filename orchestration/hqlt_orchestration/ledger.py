@@ -488,6 +488,23 @@ class Ledger:
             row = tx.execute(waiting).first()
             return _lease(tx, study, row.number, row.seed, driver) if row else None
 
+    def lease_with(self, study: str, driver: DriverId, lease: AttemptKey, seeds: Sequence[int]) -> list[AttemptKey]:
+        """Lease those of the trial's other `seeds` that wait or were paused, to be run together with `lease`."""
+        others = (
+            sa.select(_replicas.c.seed)
+            .where(
+                _replicas.c.study == study,
+                _replicas.c.number == lease.number,
+                _replicas.c.seed.in_(seeds),
+                _replicas.c.state.in_(("waiting", "paused")),
+                ~_replicas.c.cancelled,
+            )
+            .order_by(_replicas.c.seed)
+        )
+        with self.write() as tx:
+            waiting: Sequence[int] = tx.scalars(others).all()
+            return [_lease(tx, study, lease.number, seed, driver) for seed in waiting]
+
     def commit(self, study: str, lease: AttemptKey, outcome: TrialResult) -> State | None:
         """Store the result of an attempt, if that attempt still counts; then the trial's state, else None.
 

@@ -63,12 +63,12 @@ def rerun(
     config = _varied(study, row, changes)
     if seed is not None and seed != stored.seed:
         changes = {**changes, "seed": seed}
-    trial = stored.outcome.trial.model_copy(
-        update={"config": config, "seeds": (stored.seed if seed is None else seed,)}
-    )
+    trial = stored.outcome.trial
+    if changes:
+        trial = trial.model_copy(update={"config": config, "seeds": (stored.seed if seed is None else seed,)})
     folder = store.data / "reruns" / f"{study_name}-{number}-{time.time_ns() // 1_000_000}"
     print(f"trial {study_name}/{number}, {describe(config.arch)}: running again in {folder}", file=sys.stderr)
-    measured = _run(trial, folder)
+    measured = _run(trial, folder, stored.seed if seed is None else seed)
     again = Rerun(row.config.config_id, changes, stored.outcome, measured, differences(stored.outcome, measured))
     ledger.add_rerun(study_name, number, changes, again.identical, measured, str(folder))
     _mirror(store, study_name, number, again, folder)
@@ -163,8 +163,11 @@ def _varied(study: Study, row: TrialRow, changes: Mapping[str, AxisValue]) -> Co
     return config
 
 
-def _run(trial: Trial, folder: Path) -> TrialResult:
-    """The result of `trial`, run by `python -m hqlt_trainer` as anybody could run it."""
+def _run(trial: Trial, folder: Path, seed: int) -> TrialResult:
+    """The result of one seed of `trial`, run by `python -m hqlt_trainer` as anybody could run it.
+
+    Seeds that trained in a stack train in it again, since that decides their last bits.
+    """
     folder.mkdir(parents=True)
     (folder / "trial.json").write_text(trial.model_dump_json(indent=1), encoding="utf-8")
     threads = str(trial.runtime.n_threads)
@@ -177,7 +180,8 @@ def _run(trial: Trial, folder: Path) -> TrialResult:
     result = folder / "result.json"
     if not result.exists():
         raise TrialFailedError("crashed", f"the trial ended with exit code {ran.returncode} and without a result")
-    return TrialResult.from_json(result.read_text(encoding="utf-8"))
+    outcome = TrialResult.from_json(result.read_text(encoding="utf-8"))
+    return outcome.model_copy(update={"replicas": tuple(r for r in outcome.replicas if r.seed == seed)})
 
 
 def _mirror(store: Store, study: str, number: int, again: Rerun, folder: Path) -> None:

@@ -15,6 +15,7 @@ from hqlt_dashboards.words import describe, format_value, spoken
 from hqlt_search_space.cost import costs
 from hqlt_search_space.study import Study
 from hqlt_search_space.trial import ReplicaResult, Runtime, StudyResults, Trial, TrialRecord, TrialResult
+from hqlt_trainer.stacking import stacking
 
 from hqlt_orchestration import early_stopping
 from hqlt_orchestration.executor import (
@@ -331,7 +332,11 @@ class Driver:
     def _submit(self, key: AttemptKey) -> None:
         row = self._rows.get(key.number) or self._ledger.trial(self._name, key.number)
         self._rows[key.number] = row
-        trial = self._trial(row, key.seed)
+        stack = self._stack(row, key.seed)
+        keys = [key]
+        if len(stack) > 1:
+            keys += self._ledger.lease_with(self._name, self._driver, key, stack)
+        trial = self._trial(row, stack)
         self._put(
             "trial",
             number=row.number,
@@ -340,15 +345,24 @@ class Driver:
             tags={"hqlt.trial_id": row.config.config_id},
             trial_json=trial.model_dump_json(indent=1),
         )
-        self._running[key] = _Running(row)
-        self._executor.submit(Job(key, trial, self._store.trial_folder(self._name, row.number)))
+        self._running |= {each: _Running(row) for each in keys}
+        self._executor.submit(Job(tuple(keys), trial, self._store.trial_folder(self._name, row.number)))
 
-    def _trial(self, row: TrialRow, seed: int) -> Trial:
+    def _stack(self, row: TrialRow, seed: int) -> tuple[int, ...]:
+        """The seeds that train together with `seed`, itself included; the same after every kind of stop."""
+        seeds = self._study.seeds
+        if self._phase == "replicate":
+            replicas = self._ledger.replicas(self._name, row.number)
+            seeds = tuple(replica.seed for replica in replicas if replica.phase == self._phase)
+        stacks = stacking(row.config, seeds, self._executor.device).stacks
+        return next(stack for stack in stacks if seed in stack)
+
+    def _trial(self, row: TrialRow, seeds: tuple[int, ...]) -> Trial:
         stopping = self._study.early_stopping
         rungs = stopping.rungs if stopping is not None and self._phase == "search" else ()
         return Trial(
             config=row.config,
-            seeds=(seed,),
+            seeds=seeds,
             rungs=tuple(rung for rung in rungs if rung < row.config.recipe.steps),
             runtime=Runtime(device=self._executor.device, n_threads=max(1, int(self._study.resources.cpu))),
             study=self._name,

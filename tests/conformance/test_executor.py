@@ -85,7 +85,7 @@ _attempts = itertools.count(1)
 
 def job(folder: Path, steps: int, rungs: tuple[int, ...] = ()) -> Job:
     """A job with a key of its own, as the ledger gives them."""
-    return Job(AttemptKey(3, 1, next(_attempts)), Trial(config=config(steps), seeds=(1,), rungs=rungs), folder)
+    return Job((AttemptKey(3, 1, next(_attempts)),), Trial(config=config(steps), seeds=(1,), rungs=rungs), folder)
 
 
 def test_a_job_ends_with_its_result_and_frees_its_slot(executor: Executor, tmp_path: Path) -> None:
@@ -101,6 +101,37 @@ def test_a_job_ends_with_its_result_and_frees_its_slot(executor: Executor, tmp_p
     log = (replica_folder(tmp_path, 1) / LOG_FILE).read_text()
     assert "of trial 3, seed 1" in log
     assert "train_loss_nats" in log
+
+
+def test_seeds_that_train_together_have_events_and_an_end_each(executor: Executor, tmp_path: Path) -> None:
+    keys = tuple(AttemptKey(5, seed, next(_attempts)) for seed in (1, 2, 3))
+    executor.submit(Job(keys, Trial(config=config(12), seeds=(1, 2, 3), rungs=(6,)), tmp_path))
+    events: list[Event] = []
+    for _ in keys:
+        reached = wait_for(executor, lambda found: any(isinstance(event, RungReached) for event in found))
+        events += reached
+        asks = reached[-1]
+        assert isinstance(asks, RungReached)
+        assert executor.free() == 0
+        executor.answer(asks.key, asks.step, go_on=asks.key.seed != 2)
+    events += wait_for(executor, lambda _events: executor.free() == 1)
+    ends = {event.key: event for event in events if isinstance(event, Finished)}
+    assert set(ends) == set(keys)
+    assert [[r.seed for r in ends[key].result.replicas] for key in keys] == [[1], [2], [3]]
+    assert [ends[key].result.replicas[0].status for key in keys] == ["complete", "stopped", "complete"]
+    assert all(end.result.trial.seeds == (1, 2, 3) for end in ends.values())
+    for key in keys:
+        assert {key} <= {event.key for event in events if isinstance(event, Measured)}
+        assert f"of trial 5, seed {key.seed}" in (replica_folder(tmp_path, key.seed) / LOG_FILE).read_text()
+
+
+def test_seeds_that_train_together_are_paused_together(executor: Executor, tmp_path: Path) -> None:
+    keys = tuple(AttemptKey(6, seed, next(_attempts)) for seed in (1, 2))
+    executor.submit(Job(keys, Trial(config=config(LONG), seeds=(1, 2)), tmp_path))
+    wait_for(executor, lambda events: any(isinstance(event, Measured) for event in events))
+    executor.cancel(keys[0])
+    events = wait_for(executor, lambda _events: executor.free() == 1)
+    assert {event.key for event in events if isinstance(event, Paused)} == set(keys)
 
 
 def test_a_rung_waits_for_its_answer_and_a_no_stops_the_replica(executor: Executor, tmp_path: Path) -> None:
@@ -120,15 +151,15 @@ def test_a_cancelled_job_pauses_and_continues_from_its_checkpoint(executor: Exec
     first, second = job(tmp_path, LONG), job(tmp_path, LONG)
     executor.submit(first)
     wait_for(executor, lambda events: any(isinstance(event, Measured) for event in events))
-    executor.cancel(first.key)
+    executor.cancel(first.keys[0])
     assert isinstance(wait_for(executor, ended)[-1], Paused)
     assert list(replica_folder(tmp_path, 1).glob("checkpoints/step-*"))
     executor.submit(second)
-    executor.cancel(first.key)  # of a job that has ended: ignored
+    executor.cancel(first.keys[0])  # of a job that has ended: ignored
     again = wait_for(executor, lambda events: any(isinstance(event, Measured) for event in events))[0]
     assert isinstance(again, Measured)
     assert again.step > LONG // 50  # the first reading of a job from the start
-    executor.cancel(second.key)
+    executor.cancel(second.keys[0])
     assert isinstance(wait_for(executor, ended)[-1], Paused)
 
 
@@ -136,7 +167,7 @@ def test_a_cancelled_job_that_stands_at_a_rung_pauses_too(executor: Executor, tm
     stands = job(tmp_path, LONG, rungs=(2,))
     executor.submit(stands)
     wait_for(executor, lambda events: any(isinstance(event, RungReached) for event in events))
-    executor.cancel(stands.key)
+    executor.cancel(stands.keys[0])
     assert isinstance(wait_for(executor, ended)[-1], Paused)
 
 
@@ -171,7 +202,7 @@ def test_a_killed_worker_is_a_crash_and_another_takes_its_slot(ray: None, tmp_pa
         assert isinstance(end, Crashed)
         assert "its worker process died" in end.message
         wait_for(executor, lambda _events: executor.free() == 1)
-        executor.submit(Job(AttemptKey(4, 0, 1), Trial(config=config(1, Nothing())), tmp_path / "next"))
+        executor.submit(Job((AttemptKey(4, 0, 1),), Trial(config=config(1, Nothing())), tmp_path / "next"))
         assert isinstance(wait_for(executor, ended)[-1], Finished)
     finally:
         executor.close()

@@ -166,7 +166,9 @@ def test_the_front_is_run_again_over_fresh_seeds(make_training: MakeStudy, store
     assert replicated
     assert all([replica.seed for replica in record.replication] == [7, 8] for record in replicated)
     assert all(record.replicas[0].seed == 0 for record in records)
-    assert len(executor.submitted) == 3 + 2 * len(replicated)
+    assert len(executor.submitted) == 3 + len(replicated)  # fresh seeds train together
+    for replica in (replica for record in replicated for replica in record.replication):
+        assert replica.weights_sha256 is not None
 
 
 def test_rungs_stop_trials_and_a_stopped_trial_has_no_objectives(make_training: MakeStudy, store: Store) -> None:
@@ -189,6 +191,35 @@ def test_an_ablation_runs_every_cell_with_every_seed(make_study: MakeStudy, stor
         records = study_results(ledger, "small").trials
     assert [record.cell for record in records] == ["baseline", "mixing=sum", "window=4", "window=8"]
     assert all([replica.seed for replica in record.replicas] == [0, 1] for record in records)
+
+
+def test_seeds_that_train_together_end_alike_however_they_are_interrupted(
+    make_training: MakeStudy, store: Store, tmp_path: Path
+) -> None:
+    ablation = {"baseline": {"rule": "delta"}, "vary": {"window": [4]}, "seeds": [0, 1, 2]}
+    study = make_training(search=None, budget={}, ablation=ablation)
+    executor = Watched(unchanged)
+    assert drive(study, store, executor) == "complete"
+    assert [[key.seed for key in job.keys] for job in executor.submitted] == [[0, 1, 2]] * 2
+    broken = Store(tmp_path / "broken")
+    for seen in range(1, 200, 40):
+        interrupts = Interrupts()
+        events: list[Event] = []
+
+        def see(
+            event: Event, events: list[Event] = events, interrupts: Interrupts = interrupts, after: int = seen
+        ) -> Event:
+            events.append(event)
+            interrupts.asked = interrupts.asked or len(events) >= after
+            # The process dies between two results of a stack.
+            dies = isinstance(event, Finished) and event.key.seed == 1 and event.key.attempt == 1
+            return Crashed(event.key, "its worker process died") if dies else event
+
+        again = Watched(see)
+        if drive(study, broken, again, interrupts) == "complete":
+            break
+        assert all(job.trial.seeds == (0, 1, 2) for job in again.submitted)
+    assert summary(broken) == summary(store)
 
 
 def test_a_trial_cancelled_while_it_runs_ends_without_a_result(

@@ -10,11 +10,12 @@ from hqlt_search_space.errors import TrialPausedError
 from hqlt_search_space.recipe import Recipe
 from hqlt_search_space.tasks import Mqar, Parity
 from hqlt_search_space.trial import ReplicaResult, Trial, TrialResult
-from hqlt_trainer import run
+from hqlt_trainer import stacking as rule
 from hqlt_trainer.model import Model, build_model
 from hqlt_trainer.optimiser import optimiser_tensors
 from hqlt_trainer.replicas import MAX_BAD_STEPS, Stack, StepData, step_data
-from hqlt_trainer.run import run_trial, stacks
+from hqlt_trainer.run import run_trial
+from hqlt_trainer.stacking import stacking
 from hqlt_trainer.tasks import build_task
 from hqlt_trainer.tasks.batch import Batch, TaskData
 
@@ -165,7 +166,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> TrialResult:
 
 
 def test_seeds_train_in_a_stack_and_the_result_says_so(unbroken: TrialResult) -> None:
-    assert unbroken.notes == ("seeds trained in stacks of 3: 4 x 8 x 8 values a replica on cpu",)
+    assert unbroken.notes == ("seeds trained in stacks of 3: 4 x 9 x 8 values each on cpu",)
     assert [replica.seed for replica in unbroken.replicas] == [0, 1, 2]
     assert len({replica.weights_sha256 for replica in unbroken.replicas}) == 3
     assert all(len(replica.curve) == 12 for replica in unbroken.replicas)
@@ -231,19 +232,21 @@ def test_a_replica_stopped_at_a_rung_changes_nothing_for_the_others_even_across_
 
 def test_a_large_step_trains_seeds_one_after_the_other() -> None:
     def sizes(batch: int, n_seeds: int) -> list[int]:
-        trial = _trial(recipe={"batch": batch}, seeds=tuple(range(n_seeds)))
-        stacking = stacks(trial, build_task(trial.config.task))
-        assert [i for stack in stacking.stacks for i in stack] == list(range(n_seeds))
-        assert bool(stacking.reason) == (n_seeds > 1)
-        return [len(stack) for stack in stacking.stacks]
+        seeds = tuple(range(n_seeds))
+        found = stacking(_trial(recipe={"batch": batch}).config, seeds, "cpu")
+        assert [seed for stack in found.stacks for seed in stack] == list(seeds)
+        assert bool(found.reason) == (n_seeds > 1)
+        for stack in found.stacks:  # whoever asks again about one stack gets it back
+            assert stacking(_trial(recipe={"batch": batch}).config, stack, "cpu").stacks == (stack,)
+        return [len(stack) for stack in found.stacks]
 
-    assert sizes(1024, 10) == [5, 5]  # 1024 x 8 x 8 values: eight replicas fit, and stacks are even
-    assert sizes(1025, 3) == [1, 1, 1]
+    assert sizes(910, 10) == [5, 5]  # 910 x 9 x 8 values: eight replicas fit, and stacks are even
+    assert sizes(911, 3) == [1, 1, 1]
     assert sizes(4, 1) == [1]
 
 
 def test_a_stack_too_large_for_memory_trains_its_seeds_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for limits in (run.STACKED_VALUES, run.STACK_VALUES):
+    for limits in (rule.STACKED_VALUES, rule.STACK_VALUES):
         monkeypatch.setitem(limits, "cpu", 2**62)
     layer = {"kind": "attention", "n_heads": 1, "positions": "none"}
     arch = Arch.model_validate({"d_model": 2**22, "mlp_inner": 1, "layers": [layer]})

@@ -2,8 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -16,13 +15,9 @@ from hqlt_search_space.trial import Backend, ReplicaResult, Trial, TrialResult
 
 from hqlt_trainer.environment import environment, forget_peak_memory, reproducible
 from hqlt_trainer.loop import Callbacks, Cancelled, OnMetrics, OnRung, Replica, Training
+from hqlt_trainer.stacking import stacking
 from hqlt_trainer.tasks import build_task
 from hqlt_trainer.tasks.batch import TaskData
-
-STACKED_VALUES = {"cpu": 2**16, "cuda": 2**23}
-"""Most values in an activation of one replica for which a stack pays."""
-STACK_VALUES = {"cpu": 2**19, "cuda": 2**24}
-"""Most values in an activation of a whole stack: beyond it caches, or memory, lose what launches gain."""
 
 
 def run_trial(
@@ -33,7 +28,7 @@ def run_trial(
     on_metrics: OnMetrics | None = None,
     cancelled: Cancelled | None = None,
 ) -> TrialResult:
-    """Trains every seed of `trial`, together where that pays (`stacks`), and returns a result for each.
+    """Trains every seed of `trial`, together where that pays (`stacking`), and returns a result for each.
 
     `on_rung(seed, step, metrics)` is asked at each rung, with validation metrics; False stops that replica. At the last
     step its answer changes nothing, and at the rung where a trial was interrupted it may be asked twice.
@@ -67,10 +62,11 @@ def run_trial(
             ]
         else:
             members = [Replica(trial, seed, out, callbacks) for seed in trial.seeds]
-            stacking = stacks(trial, task_data)
-            notes = [stacking.reason] if stacking.reason else []
-            for indices in stacking.stacks:
-                notes += _train([members[i] for i in indices], task_data)
+            found = stacking(trial.config, trial.seeds, trial.runtime.device)
+            notes = [found.reason] if found.reason else []
+            waiting = iter(members)
+            for stack in found.stacks:
+                notes += _train(list(islice(waiting, len(stack))), task_data)
             replicas = [member.result for member in members if member.result is not None]
             notes += [f"seed {member.seed}: {note}" for member in members for note in member.notes]
         return TrialResult(
@@ -80,42 +76,6 @@ def run_trial(
             environment=environment(trial.runtime),
             notes=tuple(notes),
         )
-
-
-@dataclass(frozen=True)
-class Stacking:
-    """Which of a trial's seeds, by their places, train together, and why; no reason where there is only one."""
-
-    stacks: tuple[tuple[int, ...], ...]
-    reason: str
-
-
-def stacks(trial: Trial, task_data: TaskData) -> Stacking:
-    """How the seeds of `trial` are trained; a function of the trial and its device alone, so a rerun does the same.
-
-    Measured in values of an activation of one replica, batch * tokens * d_model. On a CPU thread, two layers of delta
-    rule, milliseconds of a step for each of 1, 4 and 8 replicas: 5.4, 3.0, 2.4 at 5 k values; 11.8, 7.7, 6.7 at 40 k;
-    35, 33, 34 at 160 k: what is shared is a few milliseconds of launches, and above some size there is no more to gain.
-    A stack pays for a replica that left until the last one ends, so it is not made where it gains little.
-    """
-    n_seeds, device = len(trial.seeds), trial.runtime.device
-    one_by_one = tuple((i,) for i in range(n_seeds))
-    if n_seeds == 1:
-        return Stacking(one_by_one, "")
-    recipe, arch = trial.config.recipe, trial.config.arch
-    n_tokens = task_data.train_batch(0, 1, 0, "cpu").inputs.shape[1]
-    values = recipe.batch // recipe.accumulation * n_tokens * arch.d_model
-    what = f"{recipe.batch // recipe.accumulation} x {n_tokens} x {arch.d_model} values a replica"
-    if values > STACKED_VALUES[device]:
-        return Stacking(
-            one_by_one,
-            f"seeds trained one after the other: {what}, stacks pay up to {STACKED_VALUES[device]} on {device}",
-        )
-    largest = max(1, STACK_VALUES[device] // values)
-    n_stacks = -(-n_seeds // largest)
-    edges = [n_seeds * i // n_stacks for i in range(n_stacks + 1)]
-    found = tuple(tuple(range(low, high)) for low, high in pairwise(edges))
-    return Stacking(found, f"seeds trained in stacks of {', '.join(str(len(s)) for s in found)}: {what} on {device}")
 
 
 def _train(members: Sequence[Replica], task_data: TaskData) -> list[str]:
