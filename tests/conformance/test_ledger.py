@@ -130,6 +130,18 @@ def test_many_drivers_never_lease_the_same_replica(url: str, ledger: Ledger) -> 
     assert sorted(key.seed for key in keys) == list(range(24))
 
 
+def test_seeds_that_wait_are_leased_with_another(ledger: Ledger) -> None:
+    ledger.claim("s", new_trial(seeds=(0, 1, 2, 3, 4)), None)
+    mine, other = ledger.enter("s", "ray"), ledger.enter("s", "ray")
+    first = ledger.lease_next("s", mine, "search")
+    second = ledger.lease_next("s", other, "search")
+    assert (first, second) == (AttemptKey(0, 0, 1), AttemptKey(0, 1, 1))
+    assert first is not None
+    assert ledger.lease_with("s", mine, first, (0, 1, 2, 4)) == [AttemptKey(0, 2, 1), AttemptKey(0, 4, 1)]
+    assert ledger.lease_with("s", mine, first, (0, 1, 2, 4)) == []
+    assert ledger.lease_next("s", other, "search") == AttemptKey(0, 3, 1)
+
+
 def test_six_processes_may_open_a_new_database_at_once(url: str) -> None:
     with ThreadPoolExecutor(6) as pool:
         for opened in list(pool.map(Ledger, [url] * 6)):

@@ -1,5 +1,6 @@
 """The study loop, with real training where it matters, inline so that one process sees it all."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pytest
 from hqlt_orchestration.executor import Crashed, Event, Executor, Finished, InlineExecutor, Job, Measured
 from hqlt_orchestration.ledger import Ledger, StudyRow
 from hqlt_orchestration.progress import ProgressView
+from hqlt_orchestration.rerun import rerun
 from hqlt_orchestration.results import study_results
 from hqlt_orchestration.runner import Driver, Ending, Interrupts
 from hqlt_orchestration.sampler import Proposer
@@ -201,8 +203,8 @@ def test_seeds_that_train_together_end_alike_however_they_are_interrupted(
     executor = Watched(unchanged)
     assert drive(study, store, executor) == "complete"
     assert [[key.seed for key in job.keys] for job in executor.submitted] == [[0, 1, 2]] * 2
-    broken = Store(tmp_path / "broken")
-    for seen in range(1, 200, 40):
+    broken, died = Store(tmp_path / "broken"), set[int]()
+    for seen in (1, 60, 500, 500):
         interrupts = Interrupts()
         events: list[Event] = []
 
@@ -211,15 +213,33 @@ def test_seeds_that_train_together_end_alike_however_they_are_interrupted(
         ) -> Event:
             events.append(event)
             interrupts.asked = interrupts.asked or len(events) >= after
-            # The process dies between two results of a stack.
-            dies = isinstance(event, Finished) and event.key.seed == 1 and event.key.attempt == 1
-            return Crashed(event.key, "its worker process died") if dies else event
+            # Once for each trial a process dies between two results of a stack.
+            if not isinstance(event, Finished) or event.key.seed != 1 or event.key.number in died:
+                return event
+            died.add(event.key.number)
+            return Crashed(event.key, "its worker process died")
 
         again = Watched(see)
         if drive(study, broken, again, interrupts) == "complete":
             break
         assert all(job.trial.seeds == (0, 1, 2) for job in again.submitted)
+    assert died == {0, 1}
     assert summary(broken) == summary(store)
+
+
+def test_a_seed_that_trained_in_a_stack_is_rerun_in_it(
+    make_training: MakeStudy, store: Store, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ablation = {"baseline": {"rule": "delta"}, "vary": {"window": [4]}, "seeds": [0, 1]}
+    assert (
+        drive(make_training(steps=6, search=None, budget={}, ablation=ablation), store, Watched(unchanged))
+        == "complete"
+    )
+    assert rerun("small/0", store, seed=1, steps=None, settings=[], as_json=True) == 0
+    report = json.loads(capfd.readouterr().out)
+    assert report["identical"]
+    assert report["stored"]["seed"] == report["measured"]["seed"] == 1
+    assert report["stored"]["weights_sha256"] == report["measured"]["weights_sha256"]
 
 
 def test_a_trial_cancelled_while_it_runs_ends_without_a_result(
