@@ -228,8 +228,9 @@ def test_seeds_that_train_together_end_alike_however_they_are_interrupted(
 
 
 def test_a_seed_that_trained_in_a_stack_is_rerun_in_it(
-    make_training: MakeStudy, store: Store, capfd: pytest.CaptureFixture[str]
+    make_training: MakeStudy, store: Store, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("hqlt_orchestration.rerun._mirror", lambda *_: None)  # MLflow takes seconds to load
     ablation = {"baseline": {"rule": "delta"}, "vary": {"window": [4]}, "seeds": [0, 1]}
     assert (
         drive(make_training(steps=6, search=None, budget={}, ablation=ablation), store, Watched(unchanged))
