@@ -10,6 +10,7 @@ import fcntl
 import os
 import queue
 import shutil
+import socket
 import sys
 import tempfile
 import threading
@@ -447,6 +448,7 @@ def start_ray(n_cpus: int, address: str | None) -> str:
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  Ray's own name; its 15 starves trials on a busy machine
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns of a change to come
     if address is not None:
+        _knock(address)
         os.environ["RAY_AUTH_MODE"] = "token"  # a driver does not look for the token of a running head by itself
     import ray
 
@@ -468,6 +470,21 @@ def start_ray(n_cpus: int, address: str | None) -> str:
         **quiet,
     )
     return folder
+
+
+def _knock(address: str) -> None:
+    """Ask at once whether anybody is at HOST:PORT: Ray itself tries for minutes, and not in one sentence.
+
+    Raises:
+        ResourceError: nobody is.
+    """
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit() or "/" in host:  # `auto`, or a URL that Ray knows how to read
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        raise ResourceError(f"no Ray cluster answers at {address}: {error.strerror or error}") from error
 
 
 def _spoils_its_worker(end: Event) -> bool:

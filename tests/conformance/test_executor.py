@@ -24,6 +24,7 @@ from hqlt_orchestration.executor import (
     RayExecutor,
     RungReached,
     replica_folder,
+    start_ray,
 )
 from hqlt_search_space.arch import Arch
 from hqlt_search_space.errors import ResourceError
@@ -187,6 +188,11 @@ def test_a_gpu_that_is_not_there_is_refused(executor: Executor) -> None:
         pytest.skip("there is a GPU here")
     with pytest.raises(ResourceError, match="no GPU here"):
         InlineExecutor(cpus=1, gpus=1) if executor.name == "inline" else RayExecutor(slots=1, cpus=1, gpus=1)
+
+
+def test_a_cluster_that_is_not_there_is_said_at_once() -> None:
+    with pytest.raises(ResourceError, match="no Ray cluster answers at 127"):
+        start_ray(1, "127.0.0.1:9")
 
 
 def test_a_killed_worker_is_a_crash_and_another_takes_its_slot(ray: None, tmp_path: Path) -> None:
