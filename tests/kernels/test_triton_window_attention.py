@@ -5,6 +5,9 @@ from hqlt_kernels.window_attention import definition
 from torch import Tensor
 from triton_cases import CUDA, DEVICE, assert_as_good_as_torch, pairwise, window_operator
 
+# On a GPU the poisoned memory's switch warns of what PyTorch itself does in no fixed order.
+pytestmark = pytest.mark.filterwarnings("ignore:.*deterministic")
+
 FACTOR = {torch.float32: 4.0, torch.bfloat16: 2.0, torch.float16: 2.0}
 
 

@@ -69,6 +69,7 @@ def blend(
         and fw_rope_base is None
         and k.dim() == 4
         and q.shape[1] > 0
+        and (window is not None or q.shape[1] <= 256)  # attention to all keys is better done by itself
         and (gate is None or gate.shape == v.shape)
     )
     if chosen == "triton" and fits_one_operator:

@@ -33,7 +33,7 @@ def window_attention(
     """The attention of `definition.window_attention`, with rotary embedding inside.
 
     Dots take operands in the dtype of the inputs and add in float32; float32 inputs are multiplied in three tf32 parts.
-    16-bit inputs whose queries see all keys before them go through PyTorch's flash attention: tiles of 64 are wrong there.
+    16-bit inputs whose queries see all keys before them go through PyTorch's flash attention: 64 is no tile for that.
     """
     out_dtype = v.dtype
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
