@@ -193,6 +193,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     on_gpu = torch.cuda.is_available()
     name = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.backends.cpu.get_cpu_capability()}"
     print(f"{name}, torch {torch.__version__}; a training is {STEPS_A_TRAINING} steps")
+    load, n_cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load > n_cores / 2:
+        print(f"this machine is busy (load {load:.1f} on {n_cores} cores): side by side looks slower than it is")
     models = [(Model(128, 1024), 3), (Model(128, 64), 8)] if on_gpu else [(Model(32, 32), 8)]
     device = "cuda" if on_gpu else "cpu"
     speed_ups = [compare(model, device, stacked, options.seconds, options.turns) for model, stacked in models]

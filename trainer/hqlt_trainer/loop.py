@@ -400,6 +400,7 @@ class Training:
         running = self.running
         seconds = (time.perf_counter() - started) / len(running)  # shared, so that seconds of replicas can be added
         for i, replica in running:
+            replica.progress.step = self.step
             replica.progress.tokens += data.tokens[i]
             replica.progress.train_seconds += seconds
 

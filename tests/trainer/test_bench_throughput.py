@@ -1,0 +1,33 @@
+"""The benchmark's parts; its numbers are for people."""
+
+from collections.abc import Iterator
+
+import pytest
+from hqlt_trainer.bench_throughput import Crew, Model, Way, ways
+
+
+@pytest.fixture
+def crew() -> Iterator[Crew]:
+    crew = Crew(Way("stacked", n_replicas=2), Model(32, 4), "cpu")
+    yield crew
+    crew.leave()
+
+
+def test_a_crew_trains_whenever_it_is_asked(crew: Crew) -> None:
+    assert crew.not_captured is None
+    assert crew.rate(0.05) > 0
+    assert crew.rate(0.05) > 0
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_way_is_compared_with_one_training_after_another(device: str) -> None:
+    first, *others = ways(device, 2, 8)
+    assert (first.n_processes, first.n_threads, first.n_replicas, first.captured) == (1, 1, 1, False)
+    assert len({first, *others}) == 5
+
+
+@pytest.mark.parametrize("d_model", [32, 128])
+def test_the_model_is_the_papers_in_a_size(d_model: int) -> None:
+    arch = Model(d_model, 64).arch
+    assert arch.d_model // arch.layers[0].n_heads == 32
+    assert arch.n_layers == 2
