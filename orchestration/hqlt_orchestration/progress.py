@@ -21,7 +21,8 @@ class Standing:
     total: int
     running: int
     failed: int
-    best: str
+    objective: str
+    best: str | None
     on_front: int
     seconds_left: float | None
 
@@ -46,6 +47,7 @@ class ProgressView:
                 TimeElapsedColumn(),
                 TextColumn("{task.fields[left]}"),
                 TextColumn("{task.fields[best]}"),
+                TextColumn("{task.fields[failed]}", style="red"),
                 console=self._console,
                 transient=True,
             )
@@ -69,13 +71,16 @@ class ProgressView:
             self._shown_at = time.monotonic()
             left = f", {_duration(standing.seconds_left)} left" if standing.seconds_left is not None else ""
             failed = f", {standing.failed} failed" if standing.failed else ""
-            best = f"; {standing.best}" if standing.best else ""
+            front = f"; best {standing.objective} {standing.best}, {standing.on_front} on the front"
+            best = front if standing.best is not None else ""
             self.say(f"{self._study}: {standing.phase} {standing.done}/{standing.total}{failed}{left}{best}")
         self._shown = standing
 
     def _move(self, bar: Progress, standing: Standing) -> None:
         left = f"{_duration(standing.seconds_left)} left" if standing.seconds_left is not None else ""
-        fields: dict[str, Any] = {"left": left, "best": standing.best}
+        best = f"best {standing.best}, {standing.on_front} on the front" if standing.best is not None else ""
+        failed = f"{standing.failed} failed" if standing.failed else ""
+        fields: dict[str, Any] = {"left": left, "best": best, "failed": failed}
         if self._task is None:
             self._task = bar.add_task(standing.phase, total=standing.total, **fields)
         bar.update(self._task, description=standing.phase, completed=standing.done, total=standing.total, **fields)

@@ -507,6 +507,7 @@ class Driver:
         self._next_show = time.monotonic() + SHOW_S
         done, total = self._n_done(), self._n_total()
         members = self._front()
+        name = next(iter(self._study.objectives))
         self._view.show(
             Standing(
                 phase=self._phase,
@@ -514,18 +515,12 @@ class Driver:
                 total=total,
                 running=len(self._running),
                 failed=sum(record.state in ("failed", "quarantined") for record in self._records.values()),
-                best=self._best(members),
+                objective=spoken(name),
+                best=format_value(name, members[0].objectives[name]) if members else None,
                 on_front=len(members),
                 seconds_left=self._estimate.seconds_left(done, total),
             )
         )
-
-    def _best(self, members: tuple[TrialRecord, ...]) -> str:
-        if not members:
-            return ""
-        name = next(iter(self._study.objectives))
-        value = format_value(name, members[0].objectives[name])
-        return f"best {spoken(name)} {value}, {len(members)} on the front"
 
     # The mirror: nothing here waits for MLflow
 
