@@ -9,6 +9,7 @@ from hqlt_trainer.bench_throughput import Crew, Model, Way, ways
 @pytest.fixture
 def crew() -> Iterator[Crew]:
     crew = Crew(Way("stacked", n_replicas=2), Model(32, 4), "cpu")
+    crew.wait_until_ready()
     yield crew
     crew.leave()
 

@@ -106,9 +106,12 @@ class Crew:
             )
             for _ in range(way.n_processes)
         ]
-        answers = [self._answer(worker) for worker in self._workers]
-        self.not_captured: str | None = answers[0]
-        """Why a step was not captured that should have been."""
+        self.not_captured: str | None = None
+        """Why a step was not captured that should have been; known once the crew is ready."""
+
+    def wait_until_ready(self) -> None:
+        for worker in self._workers:
+            self.not_captured = self._answer(worker)
 
     def rate(self, seconds: float) -> float:
         """Steps of a replica a second, all processes together."""
@@ -167,6 +170,8 @@ def compare(model: Model, device: str, n_stacked: int, seconds: float, turns: in
     try:
         for way in ways(device, n_cores, n_stacked):
             crews[way] = Crew(way, model, device)
+        for crew in crews.values():
+            crew.wait_until_ready()
         rates = [{way: crew.rate(seconds) for way, crew in crews.items()} for _ in range(turns)]
     finally:
         for crew in crews.values():
