@@ -52,6 +52,13 @@ RELU_L2 = tl.constexpr(3)
 
 
 @triton.jit
+def _place(n):
+    """Which of a head's n programs this is, and the head. One axis: the others of a grid end at 65,535 programs."""
+    i = tl.program_id(0)
+    return i % n, (i // n).to(tl.int64)
+
+
+@triton.jit
 def _tile(c, T, BT: tl.constexpr, PARTS: tl.constexpr, STRIDE: tl.constexpr):
     """First token and number of tokens of tile c; the number may be zero or less after the end of the sequence."""
     first = (c // PARTS) * STRIDE + (c % PARTS) * BT
@@ -184,10 +191,9 @@ def prepare_kernel(
 
     q, k, q_out, k_out [B, T, H, K]; beta, log_decay [B, T, H]; transfer, local [B * H, NT, BT, BT];
     gates, norms [B * H, NT, 2, BT] float32 (keys, queries). k_out is by the time of writing (SHIFT applied).
-    Grid (NT, B * H).
+    Grid NT * B * H.
     """
-    c = tl.program_id(0)
-    bh = tl.program_id(1).to(tl.int64)
+    c, bh = _place(NT)
     first, count = _tile(c, T, BT, PARTS, STRIDE)
     i = tl.arange(0, BT)
     d = tl.arange(0, K)
@@ -273,12 +279,12 @@ def scan_kernel(
 ):
     """o [B, T, H, V] and the final state [B * H, K, V]; with SAVE also the states before each tile and the writes U.
 
-    q, k from prepare_kernel; states [B * H, NT, K, V] in the dtype of k. Grid (V / BV, B * H).
+    q, k from prepare_kernel; states [B * H, NT, K, V] in the dtype of k. Grid V / BV * B * H.
     """
-    bh = tl.program_id(1).to(tl.int64)
+    part, bh = _place(V // BV)
     i = tl.arange(0, BT)
     d = tl.arange(0, K)
-    e = tl.program_id(0) * BV + tl.arange(0, BV)
+    e = part * BV + tl.arange(0, BV)
     state_at = d[:, None] * V + e[None, :]
     if INITIAL:
         S = tl.load(initial + bh * (K * V) + state_at)
@@ -378,12 +384,12 @@ def reverse_scan_kernel(
 ):
     """dv, and the gradients of the states after each tile and of the initial state.
 
-    dv, do [B, T, H, V]; dstates [B * H, NT, K, V]; dfinal, dinitial [B * H, K, V] float32. Grid (V / BV, B * H).
+    dv, do [B, T, H, V]; dstates [B * H, NT, K, V]; dfinal, dinitial [B * H, K, V] float32. Grid V / BV * B * H.
     """
-    bh = tl.program_id(1).to(tl.int64)
+    part, bh = _place(V // BV)
     i = tl.arange(0, BT)
     d = tl.arange(0, K)
-    e = tl.program_id(0) * BV + tl.arange(0, BV)
+    e = part * BV + tl.arange(0, BV)
     state_at = d[:, None] * V + e[None, :]
     if FINAL:
         dS = tl.load(dfinal + bh * (K * V) + state_at)
@@ -523,12 +529,12 @@ def gradient_kernel(
     """dq, dk before the feature map, dbeta, and dlog_decay [K / BK, B, T, H], a part from each slice of K.
 
     q_features, k_features from prepare_kernel, q with the scale. With ADD, dq, dk and dv are added to
-    what stands in dq, dk and dv_sum. Grid (NT * K / BK, B * H).
+    what stands in dq, dk and dv_sum. Grid NT * K / BK * B * H.
     """
     NK: tl.constexpr = K // BK
-    part = tl.program_id(0) % NK
-    c = tl.program_id(0) // NK
-    bh = tl.program_id(1).to(tl.int64)
+    place, bh = _place(NT * NK)
+    part = place % NK
+    c = place // NK
     first, count = _tile(c, T, BT, PARTS, STRIDE)
     i = tl.arange(0, BT)
     d = part * BK + tl.arange(0, BK)
@@ -641,7 +647,7 @@ def gradient_kernel(
         S = tl.load(states + tile * (K * V) + state_at).to(tl.float32)  # again: neither was kept in registers
         dS = tl.load(dstates + tile * (K * V) + state_at).to(tl.float32)
         dg += tl.exp2(last) * tl.sum(tl.sum(S * dS, 1), 0)
-        B = tl.num_programs(1).to(tl.int64) // H
+        B = tl.num_programs(0).to(tl.int64) // (NT * NK * H)
         tl.store(dlog_decay + part * B * T * H + row + i * H, dg, mask=ok)
 
 
@@ -669,12 +675,12 @@ def step_kernel(
 ):
     """One token with N writes: o [B, H, V] and the next state [B, H, K, V] float32. OLD: o reads the state before.
 
-    q [B, H, K]; k [B, N, H, K]; v [B, N, H, V]; beta [B, N, H]; log_decay [B, H]. Grid (V / BV, B * H). Reads and
+    q [B, H, K]; k [B, N, H, K]; v [B, N, H, V]; beta [B, N, H]; log_decay [B, H]. Grid V / BV * B * H. Reads and
     writes the state once; there is no product for the tensor core in one token.
     """
-    bh = tl.program_id(1).to(tl.int64)
+    part, bh = _place(V // BV)
     d = tl.arange(0, K)
-    e = tl.program_id(0) * BV + tl.arange(0, BV)
+    e = part * BV + tl.arange(0, BV)
     state_at = bh * (K * V) + d[:, None] * V + e[None, :]
     if INITIAL:
         S = tl.load(state + state_at)

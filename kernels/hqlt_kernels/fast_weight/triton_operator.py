@@ -173,12 +173,12 @@ def run_forward(
     shape = _constants(q, beta, log_decay, launch, tiling, read, shift)
     stored = log_decay is not None and tiling.parts == 1 and tiling.stride > read
     local = q.new_empty(batch * n_heads if stored else 0, tiling.n_tiles, launch.tile, launch.tile)
-    kernels.prepare_kernel[(tiling.n_tiles, batch * n_heads)](
+    kernels.prepare_kernel[(tiling.n_tiles * batch * n_heads,)](
         q, k, beta, log_decay, q_scaled, k_mapped, transfer, local, gates, norms, n_tokens, tiling.n_tiles, scale,
         K=key_dim, FEATURE=feature, TINY=_tiny(q.dtype), STORED=stored, **shape,
         num_warps=launch.prepare.warps, num_stages=launch.prepare.stages,
     )  # fmt: skip
-    kernels.scan_kernel[(v.shape[-1] // launch.scan.block, batch * n_heads)](
+    kernels.scan_kernel[(v.shape[-1] // launch.scan.block * batch * n_heads,)](
         q_scaled, k_mapped, v, transfer, local, gates, o, states, writes, initial_state, final,
         n_tokens, tiling.n_tiles,
         K=key_dim, V=v.shape[-1], BV=launch.scan.block, OUTPUT=True, SAVE=save, STORED=stored,
@@ -250,7 +250,7 @@ def run_reverse_scan(
     dv = torch.empty_like(v)
     dstates = q.new_empty(batch * n_heads, tiling.n_tiles, key_dim, value_dim)
     dinitial = q.new_empty(batch, n_heads, key_dim, value_dim, dtype=torch.float32)
-    kernels.reverse_scan_kernel[(value_dim // launch.reverse_scan.block, batch * n_heads)](
+    kernels.reverse_scan_kernel[(value_dim // launch.reverse_scan.block * batch * n_heads,)](
         q_features, k_features, transfer, gates, do, dfinal, dv, dstates, dinitial, n_tokens, tiling.n_tiles,
         K=key_dim, V=value_dim, BV=launch.reverse_scan.block, FINAL=dfinal is not None,
         **_constants(q, beta, log_decay, launch, tiling, read, shift),
@@ -290,7 +290,7 @@ def run_gradients(
     dbeta = q.new_empty(0) if beta is None else torch.empty_like(beta)
     n_slices = key_dim // launch.gradient.block
     dlog_decay_parts = q.new_empty(n_slices, *(() if log_decay is None else log_decay.shape), dtype=torch.float32)
-    kernels.gradient_kernel[(tiling.n_tiles * n_slices, batch * n_heads)](
+    kernels.gradient_kernel[(tiling.n_tiles * n_slices * batch * n_heads,)](
         q, k, q_features, k_features, v, beta, gates, norms, o, do, dv, writes, states, dstates,
         dq, dk, dv_sum, dbeta, dlog_decay_parts, n_tokens, tiling.n_tiles, scale,
         K=key_dim, V=value_dim, BK=launch.gradient.block, FEATURE=feature, TINY=_tiny(q.dtype), ADD=add_to is not None,
@@ -318,7 +318,7 @@ def fast_weight_step(
     o = v.new_empty(batch, 1, n_heads, value_dim)
     final = q.new_empty(batch, n_heads, key_dim, value_dim, dtype=torch.float32)
     block = min(value_dim, 32)
-    kernels.step_kernel[(value_dim // block, batch * n_heads)](
+    kernels.step_kernel[(value_dim // block * batch * n_heads,)](
         q, k, v, beta, log_decay, state, o, final, scale,
         N=k.shape[2], H=n_heads, K=key_dim, V=value_dim, BV=block, FEATURE=feature, DELTA=beta is not None,
         DECAY=log_decay is not None, INITIAL=state is not None, OLD=old, num_warps=4, num_stages=1,

@@ -27,6 +27,13 @@ NEVER = tl.constexpr(-1e30)
 
 
 @triton.jit
+def _place(n):
+    """Which of a head's n programs this is, and the head. One axis: the others of a grid end at 65,535 programs."""
+    i = tl.program_id(0)
+    return i % n, (i // n).to(tl.int64)
+
+
+@triton.jit
 def _turned_halves(x, row, i, ok, turn, cos, sin, H: tl.constexpr, D: tl.constexpr, ROPE: tl.constexpr):
     """Both halves [BT, D/2] of the vectors of a tile, turned by the angles in rows `turn` + i of the table."""
     d = tl.arange(0, D // 2)
@@ -109,9 +116,8 @@ def forward_kernel(
     H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
     N_BLOCKS: tl.constexpr, ALIGNED: tl.constexpr, ROPE: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """o [B, T, H, V] and lse [B * H, T], in units of log2. q [B, T, H, D]; k, v [B, L, H, ...]. Grid (tiles, B * H)."""
-    c = tl.program_id(0)
-    bh = tl.program_id(1).to(tl.int64)
+    """o [B, T, H, V] and lse [B * H, T], in units of log2. q [B, T, H, D]; k, v [B, L, H, ...]. Grid tiles * B * H."""
+    c, bh = _place(tl.cdiv(n_queries, BT))
     i = tl.arange(0, BT)
     ok = c * BT + i < n_queries
     row = ((bh // H) * n_queries + c * BT) * H + bh % H
@@ -172,9 +178,8 @@ def query_gradient_kernel(
     H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
     N_BLOCKS: tl.constexpr, ALIGNED: tl.constexpr, ROPE: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """dq, and delta [B * H, T] = rowsum(do o) for the other kernel. Grid (tiles of queries, B * H)."""
-    c = tl.program_id(0)
-    bh = tl.program_id(1).to(tl.int64)
+    """dq, and delta [B * H, T] = rowsum(do o) for the other kernel. Grid tiles of queries * B * H."""
+    c, bh = _place(tl.cdiv(n_queries, BT))
     i = tl.arange(0, BT)
     ok = c * BT + i < n_queries
     row = ((bh // H) * n_queries + c * BT) * H + bh % H
@@ -239,9 +244,8 @@ def key_value_gradient_kernel(
     H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
     N_BLOCKS: tl.constexpr, ALIGNED: tl.constexpr, ROPE: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv. Grid (tiles of keys, B * H)."""
-    c = tl.program_id(0)
-    bh = tl.program_id(1).to(tl.int64)
+    """dk and dv. Grid tiles of keys * B * H."""
+    c, bh = _place(tl.cdiv(n_keys, BT))
     i = tl.arange(0, BT)
     key = c * BT + i
     ok = key < n_keys
@@ -282,9 +286,8 @@ def key_value_gradient_kernel(
 def turn_kernel(
     x, y, cos, sin, n_tokens, H: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, BACK: tl.constexpr
 ):  # fmt: skip
-    """y = x turned by the table's row of each token, or turned back. Grid (tiles, B * H)."""
-    c = tl.program_id(0)
-    bh = tl.program_id(1).to(tl.int64)
+    """y = x turned by the table's row of each token, or turned back. Grid tiles * B * H."""
+    c, bh = _place(tl.cdiv(n_tokens, BT))
     i = tl.arange(0, BT)
     ok = c * BT + i < n_tokens
     row = ((bh // H) * n_tokens + c * BT) * H + bh % H

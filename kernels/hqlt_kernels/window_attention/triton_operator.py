@@ -75,7 +75,7 @@ def run_forward(
     plan = _Plan(q, k, v, window, rope_base, aligned, phase)
     if plan.turned_before:
         q, k = run_turn(q, rope_base, k.shape[1] - q.shape[1], False), run_turn(k, rope_base, 0, False)
-    kernels.forward_kernel[(triton.cdiv(q.shape[1], plan.tile), q.shape[0] * q.shape[2])](
+    kernels.forward_kernel[(triton.cdiv(q.shape[1], plan.tile) * q.shape[0] * q.shape[2],)](
         q, k, v, plan.cos, plan.sin, o, lse, q.shape[1], k.shape[1], window, phase, scale, **plan.constants,
         num_warps=4, num_stages=plan.stages,
     )  # fmt: skip
@@ -106,11 +106,11 @@ def run_backward(
         q, k = run_turn(q, rope_base, offset, False), run_turn(k, rope_base, 0, False)
     delta = torch.empty_like(lse)
     sizes = (q.shape[1], k.shape[1], window, phase, scale)
-    kernels.query_gradient_kernel[(triton.cdiv(q.shape[1], plan.tile), q.shape[0] * q.shape[2])](
+    kernels.query_gradient_kernel[(triton.cdiv(q.shape[1], plan.tile) * q.shape[0] * q.shape[2],)](
         q, k, v, plan.cos, plan.sin, o, do, lse, delta, dq, *sizes, **plan.constants,
         num_warps=4, num_stages=plan.stages,
     )  # fmt: skip
-    kernels.key_value_gradient_kernel[(triton.cdiv(k.shape[1], plan.tile), q.shape[0] * q.shape[2])](
+    kernels.key_value_gradient_kernel[(triton.cdiv(k.shape[1], plan.tile) * q.shape[0] * q.shape[2],)](
         q, k, v, plan.cos, plan.sin, do, lse, delta, dk, dv, *sizes, **plan.constants,
         num_warps=4, num_stages=plan.stages,
     )  # fmt: skip
@@ -160,7 +160,7 @@ def run_turn(x: Tensor, base: float, position: int, back: bool) -> Tensor:
     batch, n_tokens, n_heads, head_dim = x.shape
     cos, sin = _table(base, n_tokens, head_dim, position, x.device, torch.float32)
     y = torch.empty_like(x)
-    kernels.turn_kernel[(triton.cdiv(n_tokens, 32), batch * n_heads)](
+    kernels.turn_kernel[(triton.cdiv(n_tokens, 32) * batch * n_heads,)](
         x, y, cos, sin, n_tokens, H=n_heads, D=head_dim, BT=32, BACK=back
     )
     return y
