@@ -3,13 +3,13 @@
 import importlib.util
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+import torch
 
-# Without a CUDA driver the Triton kernels run in Triton's interpreter. It is chosen when a kernel is decorated, that
-# is, when any test first imports one: so here, before all of them. (Asking torch would import it for every test.)
-if importlib.util.find_spec("triton") and not Path("/proc/driver/nvidia").exists():
+# Without a CUDA device the Triton kernels run in Triton's interpreter. It is chosen when a kernel is decorated, that
+# is, when any test first imports one: so here, before all of them.
+if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
