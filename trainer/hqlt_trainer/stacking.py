@@ -8,9 +8,9 @@ from typing import Literal
 from hqlt_search_space.tasks import training_length
 from hqlt_search_space.trial import Config
 
-STACKED_VALUES = {"cpu": 2**16, "cuda": 2**23}
+STACKED_VALUES = {"cpu": 2**16, "cuda": 2**20}
 """Most values in an activation of one replica for which a stack pays."""
-STACK_VALUES = {"cpu": 2**19, "cuda": 2**24}
+STACK_VALUES = {"cpu": 2**19, "cuda": 5 * 2**20}
 """Most values in an activation of a whole stack: beyond it caches, or memory, lose what launches gain."""
 
 
@@ -25,10 +25,15 @@ class Stacking:
 def stacking(config: Config, seeds: Sequence[int], device: Literal["cpu", "cuda"]) -> Stacking:
     """How `seeds` of `config` are trained: a function of these three alone, so a rerun does the same.
 
-    Measured in values of an activation of one replica, batch * tokens * d_model. On a CPU thread, two layers of delta
-    rule, milliseconds of a step for each of 1, 4 and 8 replicas: 6.5, 3.5, 2.7 at 5 k values; 13.3, 9.7, 8.2 at 40 k;
-    35, 33, 34 at 160 k. What is shared is a few milliseconds of launches, and above some size nothing is gained, while
-    a stack pays for a replica that has left until the last one ends. The limits of a GPU are estimates.
+    Measured in values of an activation of one replica, batch * tokens * d_model. What is shared is the launches of a
+    step, so above some size nothing is gained, while a stack pays for a replica that has left until the last one ends.
+    Milliseconds of a step for each replica, two layers:
+
+        one CPU thread, delta rule    5 k values     6.5 alone, 3.5 of four, 2.7 of eight
+                                      40 k           13.3, 9.7, 8.2
+                                      160 k          35, 33, 34
+        H200, captured, synchronous   330 k          1.49 alone, 0.97 of eight, 0.89 of sixteen
+                                      5.2 million    12.4 alone, 14.0 of three
     """
     if len(seeds) == 1:
         return Stacking((tuple(seeds),), "")
