@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -19,6 +20,7 @@ def ray() -> Iterator[None]:
     import ray
     from hqlt_orchestration.executor import start_ray
 
-    start_ray(2, None)
+    folder = start_ray(2, None)
     yield
     ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)

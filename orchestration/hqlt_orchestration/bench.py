@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import json
 import logging
+import shutil
 import tempfile
 import time
 import warnings
@@ -130,9 +131,10 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(prefix="hqlt-bench-") as temporary:
         folder = Path(temporary)
-        start_ray(N_WORKERS, None)
+        logs = start_ray(N_WORKERS, None)
         mine = ours(folder, n_trials)
         tunes = [ray_tune(folder, n_trials, on_disk=on_disk) for on_disk in (True, False)]
+        shutil.rmtree(logs, ignore_errors=True)
     print(f"{n_trials} trials that do nothing, {N_WORKERS} workers   {'steady':>10} {'whole':>10}   ms a trial")
     for reading in (mine, *tunes):
         print(f"{reading.name:<48} {reading.steady_ms:7.1f} {reading.whole_ms:10.1f}")
