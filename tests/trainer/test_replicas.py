@@ -9,11 +9,12 @@ from hqlt_search_space.arch import Arch
 from hqlt_search_space.errors import TrialPausedError
 from hqlt_search_space.recipe import Recipe
 from hqlt_search_space.tasks import Mqar, Parity
-from hqlt_search_space.trial import ReplicaResult, Trial, TrialResult
+from hqlt_search_space.trial import ReplicaResult, Runtime, Trial, TrialResult
 from hqlt_trainer import stacking as rule
+from hqlt_trainer.environment import reproducible
 from hqlt_trainer.model import Model, build_model
 from hqlt_trainer.optimiser import optimiser_tensors
-from hqlt_trainer.replicas import MAX_BAD_STEPS, Stack, StepData, step_data
+from hqlt_trainer.replicas import MAX_BAD_STEPS, Stack, StepData, feed, step_data
 from hqlt_trainer.run import run_trial
 from hqlt_trainer.stacking import stacking
 from hqlt_trainer.tasks import build_task
@@ -255,3 +256,29 @@ def test_a_stack_too_large_for_memory_trains_its_seeds_alone(tmp_path: Path, mon
     result = run_trial(trial, tmp_path)
     assert "a stack of 2 ran out of memory at step 0; its seeds trained alone" in result.notes
     assert [replica.reason for replica in result.replicas] == ["out_of_memory"] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.*deterministic")
+@pytest.mark.parametrize("leaves", [None, 1])
+def test_a_captured_step_is_the_step_that_is_launched_from_python(leaves: int | None) -> None:
+    task_data, recipe = build_task(Parity()), _recipe(batch=64, steps=40, clip=1.0)
+    arch = Arch.model_validate({"d_model": 64, "mlp_inner": 64, "layers": LAYERS["hybrid"]})
+    weights, tallies = [], []
+    for captured in (False, True):
+        models = [build_model(arch, 3, seed=seed, device="cuda") for seed in range(3)]
+        stack = Stack(models, [recipe] * 3, torch.device("cuda"))
+        if not captured:
+            stack.not_captured = "not asked for"
+        with reproducible(Runtime(device="cuda")), feed(task_data, recipe, range(3), 0, "cuda") as data:
+            for step, step_of_all in enumerate(data):
+                if step == 20 and leaves is not None:
+                    stack.leave(leaves)
+                stack.take_step(step, step_of_all.parts)
+        assert (stack.not_captured is None) == captured
+        weights.append([_weights(member) for member in stack.members])
+        tallies.append(stack.tallies())
+    assert [tally.steps for tally in tallies[1]] == [20 if i == leaves else 40 for i in range(3)]
+    assert tallies[0] == tallies[1]
+    for launched, replayed in zip(*weights, strict=True):
+        assert all(torch.equal(weight, replayed[name]) for name, weight in launched.items())
