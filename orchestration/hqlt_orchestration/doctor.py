@@ -14,8 +14,11 @@ from typing import Any
 import psutil
 from hqlt_search_space.errors import CheckpointError, HqltError
 
-from hqlt_orchestration.ledger import DriverWatch, Ledger, ReplicaRow, shown
+from hqlt_orchestration.database import shown
+from hqlt_orchestration.drivers import DriverWatch
+from hqlt_orchestration.ledger import Ledger
 from hqlt_orchestration.store import Store
+from hqlt_orchestration.tables import ReplicaRow
 
 PACKAGES = ("hqlt", "torch", "numpy", "optuna", "ray", "mlflow", "sqlalchemy", "pydantic", "triton", "flash-attn-4")
 

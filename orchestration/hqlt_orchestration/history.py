@@ -12,14 +12,29 @@ from typing import Any
 
 import sqlalchemy as sa
 from optuna.distributions import BaseDistribution, distribution_to_json
+from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from optuna.trial import TrialState
+
+from hqlt_orchestration.database import BUSY_TIMEOUT_S
 
 _trials = models.TrialModel.__table__
 _params = models.TrialParamModel.__table__
 _user_attributes = models.TrialUserAttributeModel.__table__
 _system_attributes = models.TrialSystemAttributeModel.__table__
 _values = models.TrialValueModel.__table__
+
+
+def create_optuna_tables(url: str) -> None:
+    """Make Optuna's tables at `url`. Not safe against others who do the same: see `Ledger`."""
+    storage = RDBStorage(url, engine_options(url))
+    storage.remove_session()
+    storage.engine.dispose()
+
+
+def engine_options(url: str) -> dict[str, Any]:
+    """What Optuna's storage hands to its engine."""
+    return {"connect_args": {"timeout": BUSY_TIMEOUT_S}} if url.startswith("sqlite") else {"pool_pre_ping": True}
 
 
 def write_start(

@@ -12,8 +12,9 @@ from hqlt_search_space.errors import HqltError, NoResultError, UnknownNameError
 from hqlt_search_space.study import Study
 from hqlt_search_space.trial import StudyResults
 
+from hqlt_orchestration.drivers import DriverWatch
 from hqlt_orchestration.executor import LOG_FILE, replica_folder
-from hqlt_orchestration.ledger import DriverWatch, Ledger
+from hqlt_orchestration.ledger import Ledger
 from hqlt_orchestration.results import study_results
 from hqlt_orchestration.store import Store
 from hqlt_orchestration.studies import metric_of

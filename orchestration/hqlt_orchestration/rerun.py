@@ -18,8 +18,8 @@ from hqlt_search_space.recipe import Recipe
 from hqlt_search_space.study import Study
 from hqlt_search_space.trial import Config, Environment, ReplicaResult, Trial, TrialResult
 
-from hqlt_orchestration.ledger import ReplicaRow, TrialRow
 from hqlt_orchestration.store import Store
+from hqlt_orchestration.tables import ReplicaRow, TrialRow
 
 DRAIN_S = 60.0
 SHOWN_DIFFERENCES = 12

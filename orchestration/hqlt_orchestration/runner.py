@@ -18,6 +18,7 @@ from hqlt_search_space.trial import ReplicaResult, Runtime, StudyResults, Trial,
 from hqlt_trainer.stacking import stacking
 
 from hqlt_orchestration import early_stopping
+from hqlt_orchestration.drivers import DriverWatch
 from hqlt_orchestration.executor import (
     LOG_FILE,
     AttemptKey,
@@ -31,26 +32,17 @@ from hqlt_orchestration.executor import (
     RungReached,
     replica_folder,
 )
-from hqlt_orchestration.ledger import (
-    FINISHED,
-    DriverWatch,
-    Ledger,
-    NewTrial,
-    Phase,
-    Refused,
-    ReplicaRow,
-    State,
-    TrialRow,
-)
+from hqlt_orchestration.ledger import Ledger, NewTrial, Refused
 from hqlt_orchestration.progress import Estimate, ProgressView, Standing
 from hqlt_orchestration.results import minimised, objectives_of, trial_record
 from hqlt_orchestration.store import Store
+from hqlt_orchestration.tables import FINISHED, Phase, ReplicaRow, State, TrialRow
 
 if TYPE_CHECKING:
     from hqlt_orchestration.sampler import Proposer
     from hqlt_orchestration.tracking import Spool
 
-BEAT_S = 5.0  # between two signs of life; a driver elsewhere is given up after ledger.STALE_DRIVER_S
+BEAT_S = 5.0  # between two signs of life; a driver elsewhere is given up after drivers.STALE_DRIVER_S
 POLL_S = 0.5  # the longest that Ctrl-C waits to be noticed
 IDLE_S = 0.2  # between two looks when only other drivers have work
 MIRROR_S = 2.0  # between two updates of front ranks and hypervolume in MLflow

@@ -31,8 +31,9 @@ from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from hqlt_orchestration.history import write_end, write_start
-from hqlt_orchestration.ledger import BUSY_TIMEOUT_S, Ledger, configure_sqlite
+from hqlt_orchestration.database import configure_sqlite
+from hqlt_orchestration.history import engine_options, write_end, write_start
+from hqlt_orchestration.ledger import Ledger
 
 REASKS = 200  # suggestions of the study's own sampler for one trial, then
 RANDOM_REASKS = 2000  # uniform ones, which a sampler that has narrowed in cannot starve
@@ -245,21 +246,10 @@ class Proposer:
 
 def open_optuna(url: str) -> BaseStorage:
     """Optuna's storage at `url`, whose tables are there, cached in memory."""
-    storage = RDBStorage(url, _options(url), skip_table_creation=True, skip_compatibility_check=True)
+    storage = RDBStorage(url, engine_options(url), skip_table_creation=True, skip_compatibility_check=True)
     if url.startswith("sqlite"):
         sa.event.listen(storage.engine, "connect", lambda connection, _record: configure_sqlite(connection))
     return get_storage(storage)
-
-
-def create_optuna_tables(url: str) -> None:
-    """Make Optuna's tables at `url`. Not safe against others who do the same: see `Ledger`."""
-    storage = RDBStorage(url, _options(url))
-    storage.remove_session()
-    storage.engine.dispose()
-
-
-def _options(url: str) -> dict[str, Any]:
-    return {"connect_args": {"timeout": BUSY_TIMEOUT_S}} if url.startswith("sqlite") else {"pool_pre_ping": True}
 
 
 def delete_from_optuna(url: str, name: str) -> None:

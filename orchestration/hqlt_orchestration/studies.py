@@ -17,11 +17,13 @@ from hqlt_search_space.study import Study
 from hqlt_search_space.tasks import LanguageModelling
 from hqlt_search_space.trial import StudyResults
 
-from hqlt_orchestration.ledger import Ledger, StudyRow, shown
+from hqlt_orchestration.database import shown
+from hqlt_orchestration.ledger import Ledger
 from hqlt_orchestration.plan import checked_study
 from hqlt_orchestration.progress import ProgressView
 from hqlt_orchestration.results import study_results
 from hqlt_orchestration.store import Store
+from hqlt_orchestration.tables import StudyRow
 
 if TYPE_CHECKING:
     from hqlt_orchestration.executor import Executor
@@ -274,7 +276,7 @@ def delete(name: str, store: Store) -> None:
     Raises:
         UsageError: somebody runs it.
     """
-    from hqlt_orchestration.ledger import DriverWatch
+    from hqlt_orchestration.drivers import DriverWatch
     from hqlt_orchestration.sampler import delete_from_optuna
     from hqlt_orchestration.tracking import delete_experiment
 

@@ -6,8 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
+from hqlt_orchestration.drivers import DriverWatch, driver_is_dead
 from hqlt_orchestration.executor import AttemptKey
-from hqlt_orchestration.ledger import DriverWatch, Ledger, NewTrial, Refused, StudyRow, driver_is_dead
+from hqlt_orchestration.ledger import Ledger, NewTrial, Refused
+from hqlt_orchestration.tables import StudyRow
 from hqlt_search_space.arch import Arch
 from hqlt_search_space.errors import UnknownNameError
 from hqlt_search_space.mixers import Attention

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 from hqlt_orchestration.executor import Crashed, Event, Executor, Finished, InlineExecutor, Job, Measured
-from hqlt_orchestration.ledger import Ledger, StudyRow
+from hqlt_orchestration.ledger import Ledger
 from hqlt_orchestration.progress import ProgressView
 from hqlt_orchestration.rerun import rerun
 from hqlt_orchestration.results import study_results
 from hqlt_orchestration.runner import Driver, Ending, Interrupts
 from hqlt_orchestration.sampler import Proposer
 from hqlt_orchestration.store import Store
+from hqlt_orchestration.tables import StudyRow
 from hqlt_search_space.study import Study
 from rich.console import Console
 

@@ -1,0 +1,125 @@
+"""Connections to the database that ledger and sampling history share: transactions, locks, and errors as sentences."""
+
+import contextlib
+import fcntl
+import os
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import sqlalchemy as sa
+from hqlt_search_space.errors import StoreError
+from sqlalchemy.exc import DBAPIError
+
+BUSY_TIMEOUT_S = 30.0
+
+
+def make_engine(url: str) -> sa.Engine:
+    """An engine whose SQLite connections use WAL, full durability and a patient lock.
+
+    Raises:
+        StoreError: `url` is no URL of a database that can be used, or its driver is not installed.
+    """
+    try:
+        backend = sa.make_url(url).get_backend_name()
+        if backend == "postgresql":
+            return sa.create_engine(url, pool_pre_ping=True)
+    except sa.exc.ArgumentError:
+        backend = None
+    except ImportError as error:
+        raise StoreError(f"PostgreSQL needs a driver: pip install 'hqlt[postgres]' ({error})") from error
+    if backend != "sqlite":
+        raise StoreError(f"--store {url}: write sqlite:///PATH or postgresql+psycopg://USER@HOST/DATABASE")
+    engine = sa.create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S})
+
+    @sa.event.listens_for(engine, "connect")
+    def _configure(connection: sqlite3.Connection, _record: object) -> None:
+        configure_sqlite(connection)
+        connection.isolation_level = None  # we say BEGIN ourselves, so that it can be IMMEDIATE
+
+    @sa.event.listens_for(engine, "begin")
+    def _begin(connection: sa.Connection) -> None:
+        writes = connection.get_execution_options().get("hqlt_write", False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+    return engine
+
+
+def configure_sqlite(connection: sqlite3.Connection) -> None:
+    """WAL: readers never wait, a commit is one write. FULL: what was committed survives a power cut."""
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def shown(url: str) -> str:
+    """`url` as a user should see it: a path for SQLite, and never a password."""
+    parsed = sa.make_url(url)
+    return str(parsed.database) if parsed.get_backend_name() == "sqlite" else parsed.render_as_string()
+
+
+@contextlib.contextmanager
+def store_errors(url: str) -> Iterator[None]:
+    """Turn what a database says about its disk and locks into a `StoreError` with a sentence."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except (DBAPIError, sqlite3.Error) as error:
+        original = error.orig if isinstance(error, DBAPIError) else error
+        sentence = _sentence(url, str(original))
+        if sentence is None:
+            raise
+        raise StoreError(sentence) from error
+    except Exception as error:
+        # Optuna wraps database errors in its own; the cause says what happened.
+        cause = error.__cause__
+        sentence = _sentence(url, str(cause.orig)) if isinstance(cause, DBAPIError) else None
+        if sentence is None:
+            raise
+        raise StoreError(sentence) from error
+
+
+_SENTENCES = {
+    "readonly database": "{where} is read-only; give a folder you may write to with --data",
+    "unable to open database file": "cannot open {where}: the folder is missing or may not be written to",
+    "disk is full": "the disk that holds {where} is full; free some space, then `hqlt study resume`",
+    "disk I/O error": "the disk that holds {where} fails to write (full, or a network file system); nothing was lost",
+    "database is locked": f"{{where}} was locked by another program for {BUSY_TIMEOUT_S:.0f} s; close it and resume",
+    "not a database": "{where} is not a database; move it away or give another --data folder",
+    "malformed": "{where} is damaged; restore it from a backup or give another --data folder",
+    "connection": "cannot reach the database {where}: is it running, and may this user log in?",
+    "password": "cannot reach the database {where}: is it running, and may this user log in?",
+    "does not exist": "cannot use the database {where}: it, or a table of it, does not exist",
+}
+
+
+def _sentence(url: str, message: str) -> str | None:
+    for part, sentence in _SENTENCES.items():
+        if part in message:
+            return sentence.format(where=shown(url))
+    return None
+
+
+@contextlib.contextmanager
+def schema_lock(url: str, engine: sa.Engine) -> Iterator[None]:
+    """One process at a time; six that create tables in a fresh file at once would kill some of each other."""
+    if engine.dialect.name == "postgresql":
+        with engine.connect() as connection:
+            connection.execute(sa.text("SELECT pg_advisory_lock(4714802)"))
+            yield
+            connection.execute(sa.text("SELECT pg_advisory_unlock(4714802)"))
+        return
+    database = sa.make_url(url).database
+    if database is None or database == ":memory:":
+        raise StoreError("a study needs a database file; sqlite:///:memory: would forget it")
+    path = Path(database)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise StoreError(f"cannot write to {path.parent}: {error.strerror}; give another folder with --data") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
