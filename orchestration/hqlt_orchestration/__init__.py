@@ -1,0 +1,1 @@
+"""The `hqlt` command: what is tried next, where it runs, which result counts, and what is recorded."""

@@ -36,6 +36,24 @@ Json = Annotated[bool, typer.Option("--json", help="For programs.")]
 DEFAULT_DATA = Path("hqlt-data")
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"hqlt {version('hqlt')}")
+        raise typer.Exit
+
+
+@app.callback()
+def hqlt(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    # Only --version; typer's help of the whole command stands above.
+    del version
+
+
 @study.command()
 def run(
     file: StudyFile,
