@@ -87,6 +87,7 @@ CASES = (
     Case("window_attention", 16, 2048, 8, 128, 64),
     Case("window_attention", 1, 65536, 8, 128, 64),
     Case("window_attention", 8, 4096, 16, 64, 64),
+    Case("window_attention", 8, 4096, 8, 128, 128),
     Case("window_attention", 8, 4096, 8, 128, 1024),
     Case("blend", 8, 4096, 8, 128, 64),
     Case("blend", 16, 2048, 8, 128, 64),
@@ -121,9 +122,9 @@ def implementations(case: Case) -> Iterator[tuple[str, Implementation]]:
         yield "torch varlen_attn, no rotary", lambda q, k, v: varlen_attention(case, q, k, v)
     elif case.op == "blend":
         yield "hqlt", lambda q, k, v, gate, beta: mixed(case, q, k, v, gate, beta)
-        yield "composed, fla + flash-attn-4", lambda *x: composed(case, flash_attention_4, fla_delta, *x)
-        yield "composed, fla + torch varlen_attn", lambda *x: composed(case, varlen_attention, fla_delta, *x)
-        yield "composed, our delta + varlen_attn", lambda *x: composed(case, varlen_attention, our_delta, *x)
+        yield "composed, fla + flash-attn-4", lambda **x: composed(case, flash_attention_4, fla_delta, **x)
+        yield "composed, fla + torch varlen_attn", lambda **x: composed(case, varlen_attention, fla_delta, **x)
+        yield "composed, our delta + varlen_attn", lambda **x: composed(case, varlen_attention, our_delta, **x)
     else:
         yield "hqlt", lambda q, k, v, **rest: fast_weight(q, k, v, feature_map="silu_l2", backend="triton", **rest)[0]
         if case.op == "delta":

@@ -43,6 +43,7 @@ KERNELS = (
 ALLOWED_SPILL_STORES = {
     "scan delta": 4,
     "gradient gated_delta": 140,
+    "forward window 64": 12,
     "query_gradient window 64": 20,
     "key_value_gradient window 64": 60,
 }

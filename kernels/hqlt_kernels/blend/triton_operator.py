@@ -1,11 +1,12 @@
 """A blend as one custom operator: both memories at once, and their mix.
 
 The fast weights' scans are serial in time and leave most of the card idle; the window's kernels are not and fill it. So
-the two run on two CUDA streams, and join before the mix (forward) and before the last kernel, which adds the two
+the two run on two CUDA streams, the scans' with priority (else they wait until the window's kernels have ended), and
+join before the mix (forward) and before the last kernel, which adds the two
 branches' gradients of q, k and v (backward). A delay is a shift of the pointers to keys and values: nothing is copied.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -19,6 +20,7 @@ from hqlt_kernels.blend import triton_kernels as kernels
 from hqlt_kernels.blend.state import Timing
 from hqlt_kernels.fast_weight import triton_operator as fast_weight
 from hqlt_kernels.feature_maps import FEATURE_MAPS, FeatureMap
+from hqlt_kernels.triton_eager import eager_operator, nobody_looks_on
 from hqlt_kernels.triton_replicas import fold_replicas
 from hqlt_kernels.window_attention import triton_operator as window_attention
 
@@ -52,7 +54,8 @@ def blend(
             beta = None if beta is None else functional.pad(beta, (0, 0, shift, 0))[:, :n_tokens]
             log_decay = None if log_decay is None else functional.pad(log_decay, (0, 0, shift, 0))[:, :n_tokens]
     aligned = timing == "delayed_chunk"
-    kv, fw, mixed, *_ = blend_forward(
+    forward = eager_forward if nobody_looks_on(q) else blend_forward
+    kv, fw, mixed, *_ = forward(
         q.to(dtype).contiguous(),
         k.to(dtype).contiguous(),
         v.to(dtype).contiguous(),
@@ -71,8 +74,7 @@ def blend(
     return kv.to(out_dtype), fw.to(out_dtype), None if gate is None else mixed.to(out_dtype)
 
 
-@torch.library.custom_op("hqlt::blend_forward", mutates_args=())
-def blend_forward(
+def run_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -90,8 +92,8 @@ def blend_forward(
 ) -> list[Tensor]:
     """kv, fw, mixed (empty without a gate), lse, and what `fast_weight_forward` returns after its first output."""
     with _beside(q.device) as join:
-        kv, lse = window_attention.run_forward(q, k, v, window, rope_base, aligned, 0, scale)
-    fw, *saved = fast_weight.run_forward(q, k, v, beta, log_decay, None, feature, scale, read, shift, save)
+        fw, *saved = fast_weight.run_forward(q, k, v, beta, log_decay, None, feature, scale, read, shift, save)
+    kv, lse = window_attention.run_forward(q, k, v, window, rope_base, aligned, 0, scale)
     join()
     mixed = q.new_empty(0)
     if gate is not None:
@@ -101,8 +103,10 @@ def blend_forward(
     return [kv, fw, mixed, lse, *saved]
 
 
-@torch.library.custom_op("hqlt::blend_backward", mutates_args=())
-def blend_backward(
+blend_forward = torch.library.custom_op("hqlt::blend_forward", run_forward, mutates_args=())
+
+
+def run_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -141,16 +145,19 @@ def blend_backward(
     dkv = torch.zeros_like(kv) if dkv is None else dkv.contiguous()
     dfw = torch.zeros_like(fw) if dfw is None else dfw.contiguous()
     with _beside(q.device) as join:
-        gradients = window_attention.run_backward(q, k, v, kv, lse, dkv, window, rope_base, aligned, 0, scale)
-    dv, dstates, _ = fast_weight.run_reverse_scan(
-        q, v, beta, log_decay, q_features, k_features, transfer, gates, dfw, None, read, shift
-    )
+        dv, dstates, _ = fast_weight.run_reverse_scan(
+            q, v, beta, log_decay, q_features, k_features, transfer, gates, dfw, None, read, shift
+        )
+    gradients = window_attention.run_backward(q, k, v, kv, lse, dkv, window, rope_base, aligned, 0, scale)
     join()
     _, _, dbeta, dlog_decay = fast_weight.run_gradients(
         q, k, v, beta, log_decay, q_features, k_features, gates, norms, states, writes, fw,
         dfw, dv, dstates, gradients, feature, scale, read, shift,
     )  # fmt: skip
     return [*gradients, dbeta, dlog_decay, dgate]
+
+
+blend_backward = torch.library.custom_op("hqlt::blend_backward", run_backward, mutates_args=())
 
 
 BLOCK = 2048
@@ -173,7 +180,7 @@ def _beside(device: torch.device) -> Iterator[Any]:
 
 @lru_cache(maxsize=16)
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no types here
+    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]  # torch has no types here
 
 
 @blend_forward.register_fake
@@ -195,13 +202,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, grads: Sequence[Tensor | None], run: Callable[..., list[Tensor]] = blend_backward
+) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     inputs, outputs, saved = tensors[:6], tensors[6:9], list(tensors[9:])
     contiguous = (None if g is None else g.contiguous() for g in grads[:3])
-    out = blend_backward(*inputs, *outputs, saved, *contiguous, *ctx.options)
+    out = run(*inputs, *outputs, saved, *contiguous, *ctx.options)
     return (*(None if x is None else g for x, g in zip(inputs, out, strict=True)), *(None,) * 8)
 
 
+eager_forward = eager_operator(run_forward, _setup_context, lambda ctx, *grads: _backward(ctx, grads, run_backward), 3)
 blend_forward.register_autograd(_backward, setup_context=_setup_context)
 fold_replicas(blend_forward)

@@ -30,11 +30,14 @@ Reading: query i reads the writes j <= i (READ = 0), or those of earlier blocks 
 blocks (READ < BT), or a block is cut into PARTS tiles, all of which read the state at the block's start. STRIDE is the
 distance in tokens between tiles (PARTS = 1) or between blocks. SHIFT reads keys and values that many tokens earlier.
 
+The scans are compiled for any number of tiles: where Triton 3.6.0 knew that there is one, it took the loop away, and the
+gradient of the initial state was wrong on an H200, or an address illegal.
+
 No transposed accumulator is an operand of a dot: what is needed transposed is computed transposed. Such operands are
 miscompiled on Hopper by Triton 3.4 to 3.7.0 (flash-linear-attention issue 640).
 """
 
-# ruff: noqa: SIM102, SIM108, SIM109, SIM114  # Triton compiles a subset of Python; `if` on a constexpr takes code out
+# ruff: noqa: SIM102, SIM108, SIM109  # Triton compiles a subset of Python; `if` on a constexpr takes code out
 # What is inside @triton.jit is not Python to a type checker.
 # mypy: ignore-errors
 
@@ -244,7 +247,7 @@ def prepare_kernel(
         tl.store(transfer + square, X.to(transfer.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["NT"])
 def scan_kernel(
     q,
     k,
@@ -306,8 +309,8 @@ def scan_kernel(
             tl.store(states + (bh * NT + c) * (K * V) + state_at, Sb)
         if PARTS == 1:
             read = Sb
-        elif c % PARTS == 0:
-            read = Sb
+        else:  # an `if` here was compiled to wrong numbers for float32 by Triton 3.6.0
+            read = tl.where(c % PARTS == 0, Sb, read)
         kb = _load(k + row * K + i[:, None] * (H * K) + d[None, :], ok, MASKED)
         ok_v = ok & (first + i >= SHIFT)
         vb = _load(v + (row - SHIFT * H) * V + i[:, None] * (H * V) + e[None, :], ok_v, MASKED)
@@ -354,7 +357,7 @@ def scan_kernel(
     tl.store(final + bh * (K * V) + state_at, S)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["NT"])
 def reverse_scan_kernel(
     q,
     k,

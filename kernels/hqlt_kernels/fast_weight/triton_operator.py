@@ -4,7 +4,9 @@
 opaque to `torch.compile`, which sees their fake rules; under `torch.vmap` the replica axis is folded into the batch.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from hqlt_kernels.fast_weight import triton_kernels as kernels
 from hqlt_kernels.feature_maps import FEATURE_MAPS, FeatureMap
+from hqlt_kernels.triton_eager import eager_operator, nobody_looks_on
 from hqlt_kernels.triton_replicas import fold_replicas
 
 HEAD_DIMS = (16, 32, 64, 128)
@@ -131,7 +134,8 @@ def fast_weight(
         shift *= n_writes
     else:
         n_writes = 1
-    o, final, *_ = fast_weight_forward(
+    forward = eager_forward if nobody_looks_on(q) else fast_weight_forward
+    o, final, *_ = forward(
         q.to(dtype).contiguous(),
         k.to(dtype).contiguous(),
         v.to(dtype).contiguous(),
@@ -191,8 +195,7 @@ def run_forward(
 fast_weight_forward = torch.library.custom_op("hqlt::fast_weight_forward", run_forward, mutates_args=())
 
 
-@torch.library.custom_op("hqlt::fast_weight_backward", mutates_args=())
-def fast_weight_backward(
+def run_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -226,6 +229,9 @@ def fast_weight_backward(
         dk[:, -shift:].zero_()
         dv[:, -shift:].zero_()
     return dq, dk, dv, dbeta, dlog_decay, dinitial
+
+
+fast_weight_backward = torch.library.custom_op("hqlt::fast_weight_backward", run_backward, mutates_args=())
 
 
 def run_reverse_scan(
@@ -429,12 +435,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None, *_unused: None) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any,
+    do: Tensor | None,
+    dfinal: Tensor | None,
+    *_unused: None,
+    run: Callable[..., tuple[Tensor, ...]] = fast_weight_backward,
+) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     v, beta, log_decay, initial_state = tensors[2:6]
     do = torch.zeros_like(v) if do is None else do.contiguous()
     dfinal = None if dfinal is None else dfinal.contiguous()
-    dq, dk, dv, dbeta, dlog_decay, dinitial = fast_weight_backward(*tensors, do, dfinal, *ctx.options)
+    dq, dk, dv, dbeta, dlog_decay, dinitial = run(*tensors, do, dfinal, *ctx.options)
     return (
         dq,
         dk,
@@ -446,6 +458,7 @@ def _backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None, *_unused: None
     )
 
 
+eager_forward = eager_operator(run_forward, _setup_context, partial(_backward, run=run_backward), 2)
 fast_weight_forward.register_autograd(_backward, setup_context=_setup_context)
 fold_replicas(fast_weight_forward)
 fold_replicas(fast_weight_backward)

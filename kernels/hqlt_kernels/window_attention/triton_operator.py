@@ -1,6 +1,7 @@
 """Window attention on Triton kernels, as custom operators with autograd and vmap. See triton_kernels.py."""
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ import triton
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from hqlt_kernels.triton_eager import eager_operator, nobody_looks_on
 from hqlt_kernels.triton_replicas import fold_replicas
 from hqlt_kernels.window_attention import triton_kernels as kernels
 
@@ -47,7 +49,8 @@ def window_attention(
             q, k = turn(q.contiguous(), rope_base, position, False), turn(k.contiguous(), rope_base, position, False)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2).to(out_dtype)
-    o: Tensor = window_forward(
+    forward = eager_forward if nobody_looks_on(q) else window_forward
+    o: Tensor = forward(
         q.to(dtype).contiguous(),
         k.to(dtype).contiguous(),
         v.to(dtype).contiguous(),
@@ -77,7 +80,7 @@ def run_forward(
         q, k = run_turn(q, rope_base, k.shape[1] - q.shape[1], False), run_turn(k, rope_base, 0, False)
     kernels.forward_kernel[(triton.cdiv(q.shape[1], plan.tile) * q.shape[0] * q.shape[2],)](
         q, k, v, plan.cos, plan.sin, o, lse, q.shape[1], k.shape[1], window, phase, scale, **plan.constants,
-        num_warps=4, num_stages=plan.stages,
+        **plan.forward,
     )  # fmt: skip
     return o, lse
 
@@ -108,11 +111,11 @@ def run_backward(
     sizes = (q.shape[1], k.shape[1], window, phase, scale)
     kernels.query_gradient_kernel[(triton.cdiv(q.shape[1], plan.tile) * q.shape[0] * q.shape[2],)](
         q, k, v, plan.cos, plan.sin, o, do, lse, delta, dq, *sizes, **plan.constants,
-        num_warps=4, num_stages=plan.stages,
+        **plan.backward,
     )  # fmt: skip
     kernels.key_value_gradient_kernel[(triton.cdiv(k.shape[1], plan.tile) * q.shape[0] * q.shape[2],)](
         q, k, v, plan.cos, plan.sin, do, lse, delta, dk, dv, *sizes, **plan.constants,
-        num_warps=4, num_stages=plan.stages,
+        **plan.backward,
     )  # fmt: skip
     if plan.turned_before:
         dq, dk = run_turn(dq, rope_base, offset, True), run_turn(dk, rope_base, 0, True)
@@ -136,7 +139,12 @@ class _Plan:
         block = tile
         blocks = triton.cdiv(reach, block) if fixed else 0
         self.turned_before = rope_base > 0 and not fixed
-        self.stages = 1 if fixed or q.dtype == torch.float32 else 2
+        # Measured (kernels/README.md): three forward programs fit on a multiprocessor with 168 registers each.
+        wide = q.dtype == torch.float32
+        self.forward = {"num_warps": 4, "num_stages": 1 if fixed or wide else 2}
+        if fixed and not wide:
+            self.forward["maxnreg"] = 168
+        self.backward = {"num_warps": 4, "num_stages": 1 if wide else 2}
         rope = rope_base > 0 and fixed
         # Half-precision angles: a quarter of bfloat16's rounding, and half the traffic of the cache they stay in.
         precision = torch.float32 if q.dtype == torch.float32 else torch.float16
@@ -206,10 +214,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, do: Tensor | None, _dlse: None) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, do: Tensor | None, _dlse: None = None, run: Callable[..., tuple[Tensor, ...]] = window_backward
+) -> tuple[Tensor | None, ...]:
     if do is None:
         return (None,) * 8
-    return (*window_backward(*ctx.saved_tensors, do.contiguous(), *ctx.options), *(None,) * 5)
+    return (*run(*ctx.saved_tensors, do.contiguous(), *ctx.options), *(None,) * 5)
+
+
+eager_forward = eager_operator(run_forward, _setup_context, partial(_backward, run=run_backward), 1)
 
 
 def _turn_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
