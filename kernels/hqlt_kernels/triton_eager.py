@@ -38,7 +38,7 @@ def eager_operator(
             return tuple(output[:n_outputs])
 
         @staticmethod
-        @once_differentiable  # type: ignore[untyped-decorator]  # torch has no types here
+        @once_differentiable
         def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
             return backward(ctx, *gradients)
 

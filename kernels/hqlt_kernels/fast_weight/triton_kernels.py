@@ -30,8 +30,8 @@ Reading: query i reads the writes j <= i (READ = 0), or those of earlier blocks 
 blocks (READ < BT), or a block is cut into PARTS tiles, all of which read the state at the block's start. STRIDE is the
 distance in tokens between tiles (PARTS = 1) or between blocks. SHIFT reads keys and values that many tokens earlier.
 
-The scans are compiled for any number of tiles: where Triton 3.6.0 knew that there is one, it took the loop away, and the
-gradient of the initial state was wrong on an H200, or an address illegal.
+The scans are compiled for any number of tiles: where Triton 3.6.0 knew that there is one, it took the loop away, and
+the gradient of the initial state was wrong on an H200, or an address illegal.
 
 No transposed accumulator is an operand of a dot: what is needed transposed is computed transposed. Such operands are
 miscompiled on Hopper by Triton 3.4 to 3.7.0 (flash-linear-attention issue 640).
