@@ -9,6 +9,7 @@ from hqlt_search_space.trial import KnockOut, MeanGate
 from torch import Tensor
 from torch.nn import functional
 
+from hqlt_trainer.corpus import DOCUMENT_START
 from hqlt_trainer.mixers import HybridLayer, Memory
 from hqlt_trainer.model import Model
 from hqlt_trainer.precision import autocast
@@ -36,18 +37,20 @@ def evaluate(model: Model, data: EvaluationData, precision: str) -> dict[str, fl
 
     The names are those of `ReplicaResult.metrics`, with the split in them. A score of nothing is left out.
     """
-    losses, correct, lengths = [], [], []
+    losses, correct, lengths, n_bytes = [], [], [], 0
     for batch in data.batches:
         with autocast(batch.inputs.device, precision):
             logits, targets = scored_logits(model, batch.inputs, batch.targets)
         losses.append(functional.cross_entropy(logits.float(), targets, reduction="none").double())
         correct.append(logits.argmax(-1) == targets)
+        n_bytes += int((targets != DOCUMENT_START).sum())
         lengths.append(batch.lengths.repeat_interleave((batch.targets != IGNORED).sum(-1)))
     loss, right, length = torch.cat(losses), torch.cat(correct), torch.cat(lengths)
     loss_nats = loss.mean().item()
     metrics = {f"{data.split}_loss_nats": loss_nats}
     if data.counts_bytes:
-        metrics[f"{data.split}_bits_per_byte"] = loss_nats / math.log(2)
+        # All that must be told, the marks between documents too, over the bytes that are told by it.
+        metrics[f"{data.split}_bits_per_byte"] = loss.sum().item() / math.log(2) / max(1, n_bytes)
     if data.chance is not None:
         accuracy = _mean(right)
         metrics[f"{data.split}_accuracy"] = accuracy
