@@ -44,7 +44,7 @@ check: $(VENV)/.installed-dev
 # One thread: the tests' tensors are small, and two threads on two cores make them several times slower.
 # pytest's exit code 5 (no test was collected) fails like any other.
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest
 
 test-gpu: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m gpu $(if $(PART),-k "$(PART)")

@@ -14,6 +14,15 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, for all to see, what needs a CUDA device where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device: make test-gpu on a machine with one"))
+
+
 @pytest.fixture(scope="session")
 def ray() -> Iterator[None]:
     """One Ray for all tests that need it: it takes seconds to start. Executors find it running and leave it alone."""
