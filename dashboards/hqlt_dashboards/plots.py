@@ -333,10 +333,13 @@ def _draw_panel(axes: Axes, panel: _Panel, dots: Sequence[_Dot], styles: dict[st
             capsize=3,
             zorder=3,
         )
+    numbers: dict[tuple[float, float], list[int]] = {}  # ties share a place, and so a label
     for dot in members[:MOST_NUMBERS_SHOWN]:
+        numbers.setdefault((dot.values[panel.x], dot.values[panel.y]), []).append(dot.record.number)
+    for place, there in numbers.items():
         axes.annotate(
-            str(dot.record.number),
-            (dot.values[panel.x], dot.values[panel.y]),
+            ", ".join(map(str, sorted(there))),
+            place,
             xytext=(6, 5),
             textcoords="offset points",
             fontsize=9,
