@@ -97,7 +97,7 @@ def main() -> None:
         "Delta rule: the token loop against chunks",
         delta_rule("definition"),
         chunked,
-        [(2, 1024, 4, 64), (4, 512, 4, 32)],
+        [(2, 1024, 4, 64), (4, 512, 4, 32), (4, 1024, 8, 64)],
     )
     report(
         "Delta rule on short sequences: T x T matrices and autograd against chunks",
