@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from hqlt_search_space.trial import KnockOut, MeanGate
@@ -22,8 +22,17 @@ BATCH_TOKENS = {"cpu": 2**14, "cuda": 2**18}
 class EvaluationData:
     """One split, on the device, so that every rung and knock-out reads the same batches without making them again."""
 
-    def __init__(self, task_data: TaskData, split: Split, context: int, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        task_data: TaskData,
+        split: Split,
+        context: int,
+        device: torch.device | str,
+        on_batch: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_batch` is called whenever a batch has been judged: an evaluation may be long."""
         self.split = split
+        self.on_batch = on_batch
         self.chance = task_data.chance
         self.counts_bytes = task_data.counts_bytes
         self.buckets: tuple[LengthBucket, ...] = task_data.length_buckets(split)
@@ -45,6 +54,7 @@ def evaluate(model: Model, data: EvaluationData, precision: str) -> dict[str, fl
         correct.append(logits.argmax(-1) == targets)
         n_bytes += int((targets != DOCUMENT_START).sum())
         lengths.append(batch.lengths.repeat_interleave((batch.targets != IGNORED).sum(-1)))
+        data.on_batch()
     loss, right, length = torch.cat(losses), torch.cat(correct), torch.cat(lengths)
     loss_nats = loss.mean().item()
     metrics = {f"{data.split}_loss_nats": loss_nats}
@@ -110,6 +120,7 @@ def mean_gates(model: Model, data: EvaluationData, precision: str) -> tuple[Mean
             real = (places < batch.lengths[:, None]).double()
             with autocast(real.device, precision):
                 scored_logits(model, batch.inputs, batch.targets)
+            data.on_batch()
     finally:
         for _, layer in _hybrids(model):
             layer.observer = None

@@ -41,6 +41,7 @@ ReplicaStatus = Literal["complete", "stopped", "failed"]
 OnRung = Callable[[int, int, dict[str, float]], bool]
 OnMetrics = Callable[[int, int, dict[str, float]], None]
 Cancelled = Callable[[], bool]
+OnProgress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Callbacks:
     on_rung: OnRung | None = None
     on_metrics: OnMetrics | None = None
     cancelled: Cancelled | None = None
+    on_progress: OnProgress | None = None
 
 
 @dataclass
@@ -338,7 +340,7 @@ class Training:
         """
         steps, device = self.recipe.steps, self.runtime.device
         self._build(task_data.vocab_size)
-        validation = EvaluationData(task_data, "validation", self.context, device)
+        validation = EvaluationData(task_data, "validation", self.context, device, self._show_life)
         rungs = {rung for rung in self.replicas[0].trial.rungs if rung < steps}
         curve_every = math.ceil(steps / CURVE_POINTS)
         if self.step in rungs:
@@ -366,7 +368,7 @@ class Training:
         if not self.running:
             return
         self._read()
-        test = EvaluationData(task_data, "test", self.context, device)
+        test = EvaluationData(task_data, "test", self.context, device, self._show_life)
         self._each(lambda i, replica: replica.finish(task_data, validation, test, self.stack.optimisers[i]))
 
     def _build(self, vocab_size: int) -> None:
@@ -397,12 +399,17 @@ class Training:
         started = time.perf_counter()
         self.stack.take_step(self.step, data.parts)
         self.step += 1
+        self._show_life()
         running = self.running
         seconds = (time.perf_counter() - started) / len(running)  # shared, so that seconds of replicas can be added
         for i, replica in running:
             replica.progress.step = self.step
             replica.progress.tokens += data.tokens[i]
             replica.progress.train_seconds += seconds
+
+    def _show_life(self) -> None:
+        if self.callbacks.on_progress is not None:
+            self.callbacks.on_progress(self.step)
 
     def _read(self) -> None:
         """What the stack has counted reaches the replicas."""

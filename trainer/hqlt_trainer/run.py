@@ -14,7 +14,7 @@ from hqlt_search_space.tasks import Nothing, context_length
 from hqlt_search_space.trial import Backend, ReplicaResult, Trial, TrialResult
 
 from hqlt_trainer.environment import environment, forget_peak_memory, reproducible
-from hqlt_trainer.loop import Callbacks, Cancelled, OnMetrics, OnRung, Replica, Training
+from hqlt_trainer.loop import Callbacks, Cancelled, OnMetrics, OnProgress, OnRung, Replica, Training
 from hqlt_trainer.stacking import stacking
 from hqlt_trainer.tasks import build_task
 from hqlt_trainer.tasks.batch import TaskData
@@ -27,6 +27,7 @@ def run_trial(
     *,
     on_metrics: OnMetrics | None = None,
     cancelled: Cancelled | None = None,
+    on_progress: OnProgress | None = None,
 ) -> TrialResult:
     """Trains every seed of `trial`, together where that pays (`stacking`), and returns a result for each.
 
@@ -34,6 +35,7 @@ def run_trial(
     step its answer changes nothing, and at the rung where a trial was interrupted it may be asked twice.
     `on_metrics(seed, step, metrics)` is told the training loss about fifty times a run, at the same steps in every run,
     and whatever is evaluated. `cancelled()` is polled before every step.
+    `on_progress(step)` is a sign of life: it is told of every step and of every batch that is evaluated.
 
     `out` belongs to this trial: `out/seed-S/checkpoints/step-N` and `out/seed-S/result.json`. Called again on the same
     `out` it keeps the replicas that ended and continues the others from their last whole checkpoint; on a CPU the
@@ -46,7 +48,7 @@ def run_trial(
         CheckpointError: `out` holds checkpoints of another config.
         BackendError, ResourceError: the runtime asks for what is not there.
     """
-    callbacks = Callbacks(on_rung, on_metrics, cancelled)
+    callbacks = Callbacks(on_rung, on_metrics, cancelled, on_progress)
     if isinstance(trial.config.task, Nothing):
         return _nothing(trial)
     with reproducible(trial.runtime):
