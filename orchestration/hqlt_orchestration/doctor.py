@@ -6,19 +6,16 @@ import json
 import os
 import platform
 import shutil
-import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
-from hqlt_search_space.errors import CheckpointError, HqltError
+from hqlt_search_space.errors import HqltError
 
 from hqlt_orchestration.database import shown
-from hqlt_orchestration.drivers import DriverWatch
-from hqlt_orchestration.ledger import Ledger
+from hqlt_orchestration.invariants import database_violations, invariants
 from hqlt_orchestration.store import Store
-from hqlt_orchestration.tables import ReplicaRow
 
 PACKAGES = ("hqlt", "torch", "numpy", "optuna", "ray", "mlflow", "sqlalchemy", "pydantic", "triton", "flash-attn-4")
 
@@ -33,7 +30,7 @@ def doctor(store: Store, study: str | None, *, as_json: bool) -> int:
     }
     problems = [problem for found in report["stores"] for problem in found["problems"]]
     if study is not None:
-        found = list(study_problems(store.open_existing(), store, study))
+        found = invariants(store, study)
         report["study"] = {"name": study, "problems": found}
         problems += found
     print(json.dumps(report) if as_json else _text(report))
@@ -86,7 +83,7 @@ def _stores(store: Store) -> Iterator[dict[str, Any]]:
     try:
         ledger = store.open()
         studies = len(ledger.studies())
-        problems += _integrity(store.url)
+        problems += database_violations(store.url)
     except HqltError as error:
         problems.append(str(error))
     yield {"path": shown(store.url), "studies": studies, "problems": problems, **_disk(store.data)}
@@ -96,58 +93,13 @@ def _stores(store: Store) -> Iterator[dict[str, Any]]:
         yield {
             "path": str(mlflow),
             "unshipped_bytes": waiting,
-            "problems": _integrity(f"sqlite:///{mlflow}"),
+            "problems": list(database_violations(f"sqlite:///{mlflow}")),
             **_disk(store.data),
         }
 
 
 def _disk(folder: Path) -> dict[str, int]:
     return {"free_bytes": shutil.disk_usage(folder).free}
-
-
-def _integrity(url: str) -> list[str]:
-    if not url.startswith("sqlite"):
-        return []
-    with contextlib.closing(sqlite3.connect(url.removeprefix("sqlite:///"), timeout=30)) as connection:
-        try:
-            said = [str(row[0]) for row in connection.execute("PRAGMA quick_check")]
-        except sqlite3.DatabaseError as error:
-            said = [str(error)]
-    return [f"{shown(url)}: {line}" for line in said if line != "ok"]
-
-
-def study_problems(ledger: Ledger, store: Store, name: str) -> Iterator[str]:
-    """What contradicts what the ledger promises about a study, a sentence each.
-
-    Every finished replica has one result, and a complete one a checkpoint whose every byte is verified; nothing is
-    running without a living driver; no file is half written.
-    """
-    ledger.study(name)
-    drivers = ledger.drivers(name)
-    alive = len(drivers) - len(DriverWatch().dead(drivers))
-    for attempt in ledger.attempts(name):
-        if attempt.state == "running" and not alive:
-            yield f"trial {attempt.number}, seed {attempt.seed}: running, but no driver lives; resume the study"
-    configs = {row.number: row.config.config_id for row in ledger.trials(name)}
-    for replica in ledger.replicas(name):
-        yield from _replica_problems(replica, store.trial_folder(name, replica.number), configs[replica.number])
-    for path in store.study_folder(name).rglob("*.tmp"):
-        yield f"{path}: half written, left by a crash; it can be removed"
-
-
-def _replica_problems(replica: ReplicaRow, folder: Path, config_id: str) -> Iterator[str]:
-    from hqlt_trainer.checkpoint import load_checkpoint
-
-    where = f"trial {replica.number}, seed {replica.seed}"
-    result = replica.result
-    if (result is not None) != (replica.state in ("complete", "stopped", "failed")) and not replica.cancelled:
-        yield f"{where}: state {replica.state} {'with' if result else 'without'} a result"
-    if result is None or replica.state != "complete" or result.checkpoint is None:
-        return
-    try:
-        load_checkpoint(folder / result.checkpoint, config_id)
-    except CheckpointError as error:
-        yield f"{where}: {error}"
 
 
 def _text(report: dict[str, Any]) -> str:

@@ -70,6 +70,20 @@ def write_start(
     return trial_id, number
 
 
+def find_start(tx: sa.Connection, study_id: int, attribute: str, value: Any) -> tuple[int, int] | None:
+    """Optuna's id and number of the study's trial with a user attribute of that value, or None."""
+    found = tx.execute(
+        sa.select(_trials.c.trial_id, _trials.c.number)
+        .join(_user_attributes, _user_attributes.c.trial_id == _trials.c.trial_id)
+        .where(
+            _trials.c.study_id == study_id,
+            _user_attributes.c.key == attribute,
+            _user_attributes.c.value_json == json.dumps(value),
+        )
+    ).first()
+    return None if found is None else (found.trial_id, found.number)
+
+
 def write_end(tx: sa.Connection, trial_id: int, state: TrialState, values: Sequence[float] | None) -> bool:
     """End a RUNNING trial in the transaction `tx`. Returns False, and changes nothing, if it has ended already."""
     running = sa.and_(_trials.c.trial_id == trial_id, _trials.c.state == TrialState.RUNNING)

@@ -467,6 +467,7 @@ class Driver:
         objectives = self._records[number].objectives
         values = [objectives[name] for name in self._study.objectives] if objectives else None
         stopped = any(replica.status == "stopped" for replica in self._records[number].replicas)
+        self._proposer.accept(number, self._rows[number].proposal)  # whose driver may have died before it did
         self._proposer.tell(number, values, stopped=state == "stopped" and stopped)
 
     # What is shown

@@ -32,7 +32,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from hqlt_orchestration.database import configure_sqlite
-from hqlt_orchestration.history import engine_options, write_end, write_start
+from hqlt_orchestration.history import engine_options, find_start, write_end, write_start
 from hqlt_orchestration.ledger import Ledger
 
 REASKS = 200  # suggestions of the study's own sampler for one trial, then
@@ -182,12 +182,21 @@ class Proposer:
         return cell
 
     def accept(self, number: int, proposal: Mapping[str, Any]) -> None:
-        """Write a trial that the ledger took into Optuna's history, as RUNNING."""
+        """Write a trial that the ledger took into Optuna's history, as RUNNING; if it is there, nothing happens.
+
+        Whoever claimed it may have died before this, or be just about to: so any driver may come first.
+        """
+        if number in self._places:
+            return
         params, attributes = proposal["params"], proposal["attributes"]
         distributions = {name: self._distributions[name] for name in params}
         with self._ledger.write() as tx:
-            place = write_start(tx, self._study_id, params, distributions, {NUMBER: number}, attributes)
+            there = find_start(tx, self._study_id, NUMBER, number)
+            place = there or write_start(tx, self._study_id, params, distributions, {NUMBER: number}, attributes)
         self._places[number] = place
+        if there is not None:
+            self._storage.look()
+            return
         trial = _new_trial(*place)
         trial.params, trial.distributions = dict(params), distributions
         trial.user_attrs, trial.system_attrs = {NUMBER: number}, dict(attributes)
@@ -250,6 +259,20 @@ def open_optuna(url: str) -> BaseStorage:
     if url.startswith("sqlite"):
         sa.event.listen(storage.engine, "connect", lambda connection, _record: configure_sqlite(connection))
     return get_storage(storage)
+
+
+def stored_history(url: str, name: str) -> dict[int, list[FrozenTrial]]:
+    """A study's trials in Optuna's tables, by their number in the ledger; nothing is written."""
+    found: dict[int, list[FrozenTrial]] = {}
+    storage = open_optuna(url)
+    try:
+        for trial in storage.get_all_trials(storage.get_study_id_from_name(name), deepcopy=False):
+            found.setdefault(trial.user_attrs[NUMBER], []).append(trial)
+    except KeyError:  # the study's first driver died before it wrote any
+        return {}
+    finally:
+        storage.remove_session()
+    return found
 
 
 def delete_from_optuna(url: str, name: str) -> None:

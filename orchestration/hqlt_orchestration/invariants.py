@@ -1,0 +1,159 @@
+"""What must be true of a store whenever nobody writes to it: after every crash, and beside living drivers.
+
+Everything here only reads. Each violation is a sentence; what can be done about one is `doctor`'s business.
+"""
+
+import contextlib
+import sqlite3
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import sqlalchemy as sa
+from hqlt_search_space.errors import CheckpointError
+from hqlt_search_space.study import Study
+
+from hqlt_orchestration.database import shown
+from hqlt_orchestration.drivers import DriverWatch
+from hqlt_orchestration.ledger import Ledger
+from hqlt_orchestration.store import Store
+from hqlt_orchestration.tables import ATTEMPTS, DRIVERS, FINISHED, ReplicaRow, State
+
+WITH_RESULT: tuple[State, ...] = ("complete", "stopped", "failed")
+
+
+def invariants(store: Store, study: str) -> list[str]:
+    """What contradicts what hqlt promises about a study; [] if all is well.
+
+    Each trial has one place in the budget and one config; each finished replica one result, from one attempt, and a
+    complete one a checkpoint whose every byte is verified; what runs is held by one living driver; Optuna's history
+    says what the ledger says; the database is sound; no file is half written. While drivers live, what they are just
+    about to do (a tell, a rename) can show for a moment.
+
+    Raises:
+        UnknownNameError: there is no such study.
+        StoreError: the database cannot be read.
+    """
+    ledger = store.open_existing()
+    try:
+        return [
+            *budget_violations(ledger, study),
+            *result_violations(ledger, store, study),
+            *lease_violations(ledger, study),
+            *history_violations(ledger, study),
+            *database_violations(store.url),
+            *file_violations(store, study),
+        ]
+    finally:
+        ledger.close()
+
+
+def budget_violations(ledger: Ledger, name: str) -> Iterator[str]:
+    """Trials are numbered from 0 without a gap, within the budget, and no config is searched twice."""
+    row = ledger.study(name)
+    trials = ledger.trials(name)
+    if [trial.number for trial in trials] != list(range(len(trials))):
+        yield f"{name}: its trials are numbered {[trial.number for trial in trials]}, not from 0 without a gap"
+    if len(trials) > row.budget:
+        yield f"{name}: {len(trials)} trials, and a budget of {row.budget}"
+    if Study.from_json(row.study).search is not None:
+        yield from (
+            f"{name}: config {config_id} is searched by {count} trials"
+            for config_id, count in Counter(trial.config.config_id for trial in trials).items()
+            if count > 1
+        )
+
+
+def result_violations(ledger: Ledger, store: Store, name: str) -> Iterator[str]:
+    """A replica has a result exactly if its state says so, from exactly one attempt; a complete one its checkpoint."""
+    configs = {trial.number: trial.config.config_id for trial in ledger.trials(name)}
+    won = Counter((a.number, a.seed) for a in ledger.attempts(name) if a.state == "complete")
+    for replica in ledger.replicas(name):
+        where = _where(replica)
+        if (replica.state in WITH_RESULT) != (replica.result is not None) and not replica.cancelled:
+            yield f"{where}: state {replica.state} {'with' if replica.result else 'without'} a result"
+        n_won = won[replica.number, replica.seed]
+        if n_won != (replica.result is not None):
+            yield f"{where}: {n_won} attempts ended with a result, {int(replica.result is not None)} is stored"
+        yield from _checkpoint_violations(replica, store, name, configs[replica.number])
+
+
+def _checkpoint_violations(replica: ReplicaRow, store: Store, name: str, config_id: str) -> Iterator[str]:
+    from hqlt_trainer.checkpoint import load_checkpoint
+
+    result = replica.result
+    if result is None or result.status != "complete" or result.checkpoint is None:
+        return
+    path = store.trial_folder(name, replica.number) / result.checkpoint
+    if not path.parent.exists():  # freed: a trial is removed from disk as a whole
+        return
+    try:
+        load_checkpoint(path, config_id)
+    except CheckpointError as error:
+        yield f"{_where(replica)}: {error}"
+
+
+def lease_violations(ledger: Ledger, name: str) -> Iterator[str]:
+    """A replica is running exactly if one attempt at it runs, and that is held by a driver that lives."""
+    drivers = ledger.drivers(name)
+    dead = {driver.id for driver in DriverWatch().dead(drivers)}
+    alive = {driver.id for driver in drivers} - dead
+    with ledger.read() as tx:
+        columns = (ATTEMPTS.c.number, ATTEMPTS.c.seed, ATTEMPTS.c.attempt, ATTEMPTS.c.driver)
+        running = tx.execute(sa.select(*columns).where(ATTEMPTS.c.study == name, ATTEMPTS.c.state == "running")).all()
+        known: set[str] = set(tx.scalars(sa.select(DRIVERS.c.id).where(DRIVERS.c.study == name)))
+    held = Counter((row.number, row.seed) for row in running)
+    for row in running:
+        if row.driver not in alive:
+            where = f"trial {row.number}, seed {row.seed}: attempt {row.attempt}"
+            yield f"{where} runs, but its driver is {'dead' if row.driver in known else 'unknown'}; resume the study"
+    for replica in ledger.replicas(name):
+        n_held = held[replica.number, replica.seed]
+        if n_held != (replica.state == "running"):
+            yield f"{_where(replica)}: state {replica.state}, and {n_held} attempts run"
+
+
+def history_violations(ledger: Ledger, name: str) -> Iterator[str]:
+    """Optuna has each trial of a search once, ended exactly if it has ended here, with the objectives it has here."""
+    from optuna.trial import TrialState
+
+    from hqlt_orchestration.results import study_results
+    from hqlt_orchestration.sampler import stored_history
+
+    study = Study.from_json(ledger.study(name).study)
+    if study.search is None:
+        return
+    history = stored_history(ledger.url, name)
+    for record in study_results(ledger, name).trials:
+        found = history.get(record.number, [])
+        if len(found) != 1:
+            yield f"trial {record.number}: it is {len(found)} times in Optuna's history"
+            continue
+        told = found[0]
+        if told.state.is_finished() != (record.state in FINISHED):
+            yield f"trial {record.number}: {record.state}, and {told.state.name} in Optuna's history"
+        elif told.state == TrialState.COMPLETE:
+            expected = [record.objectives.get(objective) for objective in study.objectives]
+            if told.values != expected:
+                yield f"trial {record.number}: objectives {expected}, and {told.values} in Optuna's history"
+
+
+def database_violations(url: str) -> Iterator[str]:
+    """SQLite's own check of the file at `url`; PostgreSQL checks its pages itself."""
+    if not url.startswith("sqlite"):
+        return
+    with contextlib.closing(sqlite3.connect(url.removeprefix("sqlite:///"), timeout=30)) as connection:
+        try:
+            said: Sequence[str] = [str(row[0]) for row in connection.execute("PRAGMA quick_check")]
+        except sqlite3.DatabaseError as error:
+            said = [str(error)]
+    yield from (f"{shown(url)}: {line}" for line in said if line != "ok")
+
+
+def file_violations(store: Store, name: str) -> Iterator[str]:
+    """No file is half written."""
+    for path in sorted(store.study_folder(name).rglob("*.tmp")):
+        yield f"{path}: half written, left by a crash; it can be removed"
+
+
+def _where(replica: ReplicaRow) -> str:
+    return f"trial {replica.number}, seed {replica.seed}"
