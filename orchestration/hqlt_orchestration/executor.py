@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import os
 import queue
+import secrets
 import shutil
 import socket
 import sys
@@ -443,13 +444,22 @@ def _ray_is_running() -> bool:
 
 
 def start_ray(n_cpus: int, address: str | None) -> str:
-    """Connect this process to Ray. Returns the folder to remove afterwards, "" for a cluster that was joined."""
+    """Connect this process to Ray. Returns the folder to remove afterwards, "" for a cluster that was joined.
+
+    A Ray that is started here listens on the loopback device alone, and answers only to who has its token: one made
+    for this process and its children, in no file. A cluster that is joined has its own doors, and a token too.
+    """
+    os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  Ray's own name; its 15 starves trials on a busy machine
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns of a change to come
-    if address is not None:
+    if address is None:
+        # Ray's name for "this node will never be part of a cluster": the one way to have it bind 127.0.0.1 (2.60 binds
+        # every device even with _node_ip_address="127.0.0.1"). It is read when ray is imported.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes ~/.ray/auth_token, mode 0644
+    else:
         _knock(address)
-        os.environ["RAY_AUTH_MODE"] = "token"  # a driver does not look for the token of a running head by itself
     import ray
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
@@ -459,14 +469,15 @@ def start_ray(n_cpus: int, address: str | None) -> str:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ResourceError(f"no Ray cluster answers at {address}: {error}") from error
         return ""
-    # A short path of our own: sockets have at most 107 characters, and Ray never removes its logs.
+    # A short path of our own: sockets have at most 107 characters, and Ray never removes its logs. Ray lets everybody
+    # write into its folder, so it gets one inside ours, which is closed to others.
     folder = tempfile.mkdtemp(prefix="hqlt-")
     ray.init(
         address="local",
         num_cpus=max(n_cpus, os.cpu_count() or 1),
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
-        _temp_dir=folder,
+        _temp_dir=f"{folder}/ray",
         **quiet,
     )
     return folder

@@ -18,6 +18,7 @@ from hqlt_search_space.tasks import LanguageModelling
 from hqlt_search_space.trial import StudyResults
 
 from hqlt_orchestration.database import shown
+from hqlt_orchestration.doors import doors, open_doors_sentence
 from hqlt_orchestration.ledger import Ledger
 from hqlt_orchestration.plan import checked_study
 from hqlt_orchestration.progress import ProgressView
@@ -120,9 +121,17 @@ def _drive(study: Study, store: Store, ledger: Ledger, machine: Machine) -> int:
     with ExitStack() as stack:
         stack.callback(ledger.close)
         # Ray takes seconds to start: it does so while the samplers and the tables are loaded.
-        executor = stack.enter_context(_in_background(lambda: make_executor(study, machine)))
+        started = stack.enter_context(_in_background(lambda: make_executor(study, machine)))
         view = stack.enter_context(ProgressView(study.name))
         view.say(f"study {study.name}: results go to {store.data}")
+
+        def executor() -> "Executor":
+            found = started()
+            warning = open_doors_sentence(doors())
+            if warning is not None:
+                view.say(warning)
+            return found
+
         from hqlt_orchestration.runner import Driver, Interrupts
         from hqlt_orchestration.tracking import Spool
 
