@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hqlt_trainer.mixers import Embedding, LayerState, Linear, MixerLayer, RMSNorm, ShortConvolution, build_mixer
+from hqlt_trainer.precision import activation
 
 
 class SwiGLU(nn.Module):
@@ -85,17 +86,22 @@ class Model(nn.Module):
         With `at` (int64 [N], positions in the flattened B * T) only those, [N, vocabulary]. The last MLP and the head
         are computed nowhere else, which saves a third of a two-layer model with one scored position a sequence.
         """
-        x: Tensor = self.embedding(tokens)
+        logits: Tensor = self.head(self.features(tokens, at))
+        return logits
+
+    def features(self, tokens: Tensor, at: Tensor | None = None) -> Tensor:
+        """What the head reads, [B, T, d] or [N, d]: `forward` without the head."""
+        x = activation(self.embedding(tokens))
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
             x, _ = block(x, None, at if i == last else None)
-        logits: Tensor = self.head(self.norm(x))
-        return logits
+        out: Tensor = self.norm(x)
+        return out
 
     def step(self, tokens: Tensor, state: ModelState | None = None) -> tuple[Tensor, ModelState]:
         """Logits [B, vocabulary] after one more token each, tokens [B]; `state` is None before the first."""
         layers = state.layers if state is not None else (LayerState(),) * len(self.blocks)
-        x: Tensor = self.embedding(tokens[:, None])
+        x = activation(self.embedding(tokens[:, None]))
         after = []
         for block, layer in zip(self.blocks, layers, strict=True):
             x, layer_after = block(x, layer)

@@ -20,13 +20,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from hqlt_kernels.linear_cross_entropy import linear_cross_entropy
 from hqlt_search_space.recipe import Recipe
 from torch import Tensor, nn
-from torch.nn import functional
 
 from hqlt_trainer.model import Model
 from hqlt_trainer.optimiser import build_optimiser, learning_rate, set_learning_rate
-from hqlt_trainer.precision import at_least_float32, autocast
+from hqlt_trainer.precision import autocast
 from hqlt_trainer.tasks.batch import IGNORED, Batch, TaskData
 
 MAX_BAD_STEPS = 10
@@ -226,10 +226,10 @@ class Stack:
         losses = []
         for part in data:
             with autocast(self.device, recipe.precision):
-                logits = self.model(part.inputs, part.at)
-            logits = at_least_float32(logits).flatten(0, -2)
-            each = functional.cross_entropy(logits, part.targets, reduction="none")
-            mean = each.view(n, -1).sum(1) / n_scored
+                x = self.model.features(part.inputs, part.at)
+            head = self.model.head.weight
+            x, head = x.view(n, -1, x.shape[-1]), head.view(n, -1, x.shape[-1])
+            mean = linear_cross_entropy(x, head, part.targets.view(n, -1)) / n_scored
             torch.autograd.backward(mean.sum())
             losses.append(mean.detach())
         return torch.stack(losses).sum(0)
