@@ -4,17 +4,18 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from hqlt_search_space.axes import AXES, MODEL_AXES, RECIPE_AXES, AxisValue, Choices, RealRange, label
+from hqlt_search_space.axes import AXES, MODEL_AXES, RECIPE_AXES, AxisValue, Choices, RealRange
 from hqlt_search_space.build import build_arch
 from hqlt_search_space.cost import COSTS
 from hqlt_search_space.errors import InvalidArchError
 from hqlt_search_space.recipe import Recipe
-from hqlt_search_space.space import Problem, Range
+from hqlt_search_space.space import Place, Problem, Range
 from hqlt_search_space.tasks import metric_names
 from hqlt_search_space.wording import advice
 
 if TYPE_CHECKING:
-    from hqlt_search_space.study import Ablation, Search, Study
+    from hqlt_search_space.ablation import Ablation
+    from hqlt_search_space.study import Search, Study
 
 MAX_CELLS = 1_000
 MAX_GRID = 100_000
@@ -157,9 +158,6 @@ def _largest(study: "Study", axis: str, default: int) -> int:
 
 
 def _ablation(study: "Study", ablation: "Ablation") -> Iterator[Problem]:
-    for axis in ablation.baseline:
-        if axis in study.model or axis in study.recipe:
-            yield ("ablation", "baseline", axis), f"{axis} is fixed in {AXES[axis].of} as well", None
     if study.replication is not None:
         yield ("replication",), "an ablation has its seeds in ablation.seeds", None
     if study.constraints:
@@ -168,38 +166,69 @@ def _ablation(study: "Study", ablation: "Ablation") -> Iterator[Problem]:
         yield ("budget", "trials"), "an ablation runs every cell; only a search has a number of trials", None
     if ablation.match in ("parameters", "flops") and "mlp_ratio" in ablation.vary:
         yield ("ablation", "vary", "mlp_ratio"), f"match: {ablation.match} sets the width of the MLP", None
+    if not ablation.vary and not ablation.cells:
+        yield ("ablation",), "an ablation needs vary, cells, or both", None
+        return
     if ablation.n_cells > MAX_CELLS:
         yield ("ablation", "vary"), f"{ablation.n_cells} cells are too many; at most {MAX_CELLS}", None
         return
-    yield from _cells(study, ablation)
+    yield from _further_tasks(study, ablation)
+    seen = set[Place]()
+    for alone in study.by_task():
+        for axis in ablation.baseline:
+            if axis in alone.model or axis in alone.recipe:
+                yield ("ablation", "baseline", axis), f"{axis} is fixed in {AXES[axis].of} as well", None
+        for problem in _cells(alone, ablation):
+            if problem[0] not in seen:  # what is wrong on one task is mostly wrong on every one
+                seen.add(problem[0])
+                yield problem
+
+
+def _further_tasks(study: "Study", ablation: "Ablation") -> Iterator[Problem]:
+    kinds = [study.task.kind]
+    for i, other in enumerate(ablation.also_on):
+        place = ("ablation", "also_on", i)
+        if other.task.kind in kinds:
+            yield (*place, "task"), f"{other.task.kind} is a task of this study already", None
+        kinds.append(other.task.kind)
+        for name in study.objectives:
+            if name not in (*metric_names(other.task), *COSTS):
+                yield ("objectives", name), f"{other.task.kind} has no such metric", name
 
 
 def _cells(study: "Study", ablation: "Ablation") -> Iterator[Problem]:
     """Cells that cannot be built or repeat another, and axes without meaning."""
     asked = set(RECIPE_AXES)
     first_with: dict[str, str] = {}
-    for changes in ablation.changes():
-        place: tuple[str | int, ...] = ("ablation", "baseline" if not changes else "vary")
-        if ablation.design == "one_factor":
+    for name, changes in ablation.changes():
+        place: Place = ("ablation", "baseline" if not changes else "vary")
+        if name in ablation.cells:
+            place = ("ablation", "cells", name)
+        elif ablation.design == "one_factor":
             for axis, value in changes.items():
                 place = ("ablation", "vary", axis, ablation.vary[axis].index(value))
         try:
             config, used = study.build(changes)
         except InvalidArchError as error:
-            yield place, f"cell {label(changes)}: {error}", None
+            yield place, f"cell {name}: {error}", None
             if not changes:
                 return
             asked |= set(AXES)
             continue
         asked |= used
-        if ablation.design == "one_factor" and config.config_id in first_with:
-            yield place, f"cell {label(changes)} is the same model as {first_with[config.config_id]}", None
-        first_with.setdefault(config.config_id, label(changes))
-    for place, names in (
+        is_repeated = config.config_id in first_with
+        if is_repeated and (ablation.design == "one_factor" or name in ablation.cells):
+            yield place, f"cell {name} is the same model as {first_with[config.config_id]}", None
+        first_with.setdefault(config.config_id, name)
+        if name in ablation.cells:
+            for axis in changes:
+                if axis not in used and axis not in RECIPE_AXES:
+                    yield (*place, axis), f"{axis} has no meaning for this model ({AXES[axis].without_meaning})", None
+    for where, names in (
         (("model",), study.model),
         (("ablation", "baseline"), ablation.baseline),
         (("ablation", "vary"), ablation.vary),
     ):
         for axis in names:
             if axis not in asked:
-                yield (*place, axis), _meaningless(axis), None
+                yield (*where, axis), _meaningless(axis), None

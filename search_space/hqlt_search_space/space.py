@@ -90,8 +90,11 @@ def check_distinct(values: tuple[AxisValue, ...]) -> tuple[AxisValue, ...]:
     return values
 
 
-Problem = tuple[tuple[str | int, ...], str, object]
-"""Where (a path of keys and positions), what is wrong, and what stands there."""
+Place = tuple[str | int, ...]
+"""A path of keys and positions."""
+
+Problem = tuple[Place, str, object]
+"""Where, what is wrong, and what stands there."""
 
 
 def located_error(problems: Sequence[Problem]) -> ValidationError:

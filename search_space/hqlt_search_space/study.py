@@ -10,37 +10,19 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Literal, Self, assert_never
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationError, model_validator
 
-from hqlt_search_space.axes import (
-    RECIPE_AXES,
-    AxisDomain,
-    AxisValue,
-    Choices,
-    IntegerRange,
-    RealRange,
-    check_value,
-    label,
-)
+from hqlt_search_space.ablation import Ablation, Cell, Seeds
+from hqlt_search_space.axes import RECIPE_AXES, AxisDomain, AxisValue, Choices, IntegerRange, RealRange, check_value
 from hqlt_search_space.build import build_arch, built_ratio
 from hqlt_search_space.checks import STRUCTURE, problems
 from hqlt_search_space.cost import COSTS, costs
 from hqlt_search_space.errors import InvalidArchError, MatchError
 from hqlt_search_space.match import COST_OF, matched
 from hqlt_search_space.recipe import Recipe
-from hqlt_search_space.space import (
-    ModelSettings,
-    RecipeSettings,
-    Settings,
-    Space,
-    Varied,
-    check_distinct,
-    domain_of,
-    located_error,
-)
+from hqlt_search_space.space import ModelSettings, RecipeSettings, Space, domain_of, located_error
 from hqlt_search_space.spec import Spec, canonical_json, short_hash
 from hqlt_search_space.tasks import METRICS, Task
 from hqlt_search_space.trial import Config, Objective, Seed
@@ -56,7 +38,6 @@ COSTLESS_AXES = frozenset(RECIPE_AXES) - {"steps", "batch", "accumulation", "pre
 """Axes that change no cost and make no combination senseless."""
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
-Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(check_distinct)]
 Positive = Annotated[float, Field(gt=0)]
 
 
@@ -96,37 +77,6 @@ class Search(Spec):
     space: Annotated[Space, Field(min_length=1, description="Axis -> list of choices, or range.")]
     seeds: Seeds = Field(default=(0,), description="Of the models trained in the search.")
     match: SearchMatch | None = Field(default=None, description="Makes all configs equally large.")
-
-
-class Ablation(Spec):
-    """A baseline and what varies, every cell with the same seeds."""
-
-    baseline: Settings = Field(default={}, description="Axis -> value; what is not named is as in model and recipe.")
-    vary: Annotated[Varied, Field(min_length=1, description="Axis -> values other than the baseline's.")]
-    design: Literal["one_factor", "factorial"] = Field(
-        default="one_factor", description="One change at a time, or every combination."
-    )
-    match: Literal["parameters", "flops", "state", "none"] = Field(
-        default="parameters", description="What every cell has as much of as the baseline."
-    )
-    seeds: Seeds = Field(default=(0, 1, 2), description="Every cell is trained once with each.")
-
-    @property
-    def n_cells(self) -> int:
-        """Cells, the baseline included, before equal models are counted as one."""
-        sizes = [len(values) for values in self.vary.values()]
-        return 1 + sum(sizes) if self.design == "one_factor" else math.prod(size + 1 for size in sizes)
-
-    def changes(self) -> Iterator[dict[str, AxisValue]]:
-        """What each cell changes in the baseline, which comes first."""
-        if self.design == "one_factor":
-            yield {}
-            for axis, values in self.vary.items():
-                yield from ({axis: value} for value in values)
-            return
-        options = [[{}, *({axis: value} for value in values)] for axis, values in self.vary.items()]
-        for parts in itertools.product(*options):
-            yield {axis: value for part in parts for axis, value in part.items()}
 
 
 class Bounds(Spec):
@@ -191,20 +141,6 @@ class Resources(Spec):
     ] = Field(default="auto", description="GPUs; 0.25 puts four trials on one; auto: one if there is one.")
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One model of an ablation.
-
-    `label` is `baseline`, or what differs (`mixing=sum`). `residual` is what matching left over, relative to the
-    baseline; None where nothing was matched.
-    """
-
-    label: str
-    choices: dict[str, AxisValue]
-    config: Config
-    residual: float | None
-
-
 class Study(Spec):
     """One YAML file."""
 
@@ -239,7 +175,7 @@ class Study(Spec):
     def n_trials(self) -> int:
         """Trials until the study is done, at most: a space may hold fewer, and replication comes on top."""
         if self.ablation is not None:
-            return len(self._plan())
+            return sum(len(study._plan()) for study in self.by_task())
         return self.budget.trials or self.size() or 0
 
     @property
@@ -288,18 +224,35 @@ class Study(Spec):
         return config, canonical
 
     def cells(self) -> tuple[Cell, ...]:
-        """The models of an ablation, the baseline first; empty for a search.
+        """The models of an ablation, task by task, the baseline first; empty for a search.
 
         Raises:
             MatchError: a cell cannot be brought to the baseline's size.
         """
         if self.ablation is None:
             return ()
-        quantity = self.ablation.match
+        return tuple(cell for study in self.by_task() for cell in study._cells_of_the_task())
+
+    def by_task(self) -> tuple["Study", ...]:
+        """This study on one task after the other. Only an ablation has more than one, each of another kind."""
+        if self.ablation is None or not self.ablation.also_on:
+            return (self,)
+        alone = self.ablation.model_copy(update={"also_on": ()})
+        others = (
+            {"task": other.task, "model": {**self.model, **other.model}, "recipe": {**self.recipe, **other.recipe}}
+            for other in self.ablation.also_on
+        )
+        return tuple(self.model_copy(update={"ablation": alone, **changes}) for changes in ({}, *others))
+
+    def on(self, task: Task) -> "Study":
+        """This study on that one of its tasks that is of the kind of `task`."""
+        return next(study for study in self.by_task() if study.task.kind == task.kind)
+
+    def _cells_of_the_task(self) -> Iterator[Cell]:
+        quantity = self._ablation.match
         baseline, _ = self.resolve({})
-        cells = []
         for name, changes in self._plan():
-            choices = {**self.ablation.baseline, **changes}
+            choices = {**self._ablation.baseline, **changes}
             config, canonical = self.resolve(choices)
             residual = None
             if quantity != "none":
@@ -308,8 +261,7 @@ class Study(Spec):
                     config, residual = matched(config, quantity, target, fixed=frozenset(changes))
                 except MatchError as error:
                     raise MatchError(f"ablation cell {name}: {error}") from None
-            cells.append(Cell(name, canonical, config, residual))
-        return tuple(cells)
+            yield Cell(name, canonical, config, residual)
 
     def violations(self, costs: Mapping[str, float]) -> tuple[str, ...]:
         """A sentence for each constraint that `costs` break; empty if none."""
@@ -341,7 +293,7 @@ class Study(Spec):
         None for a space that is infinite, or has more than `MAX_COMBINATIONS` combinations.
         """
         if self.search is None:
-            return len(self._plan())
+            return self.n_trials
         if self.n_combinations > MAX_COMBINATIONS:
             return None
         return sum(1 for _ in self.configs())
@@ -463,9 +415,9 @@ class Study(Spec):
     def _plan(self) -> tuple[tuple[str, dict[str, AxisValue]], ...]:
         """Label and changes of every distinct cell, the baseline first. A factorial's equal models are one cell."""
         distinct: dict[str, tuple[str, dict[str, AxisValue]]] = {}
-        for changes in self._ablation.changes():
+        for name, changes in self._ablation.changes():
             config, _ = self.build(changes)
-            distinct.setdefault(config.config_id, (label(changes), changes))
+            distinct.setdefault(config.config_id, (name, changes))
         return tuple(distinct.values())
 
     @model_validator(mode="after")

@@ -521,3 +521,77 @@ def test_a_grid_without_a_budget_has_as_many_trials_as_configs() -> None:
     space = {"window": [4, 8], "rule": ["delta", "additive"]}
     study = search(space, search__sampler={"kind": "grid"}, budget={})
     assert study.n_trials == study.size() == 4
+
+
+# --- named cells, and further tasks ---
+
+NAMED = edited(
+    ABLATION,
+    ablation__vary=None,
+    ablation__match="none",
+    ablation__cells={
+        "attention": {"first": "attention", "window": None},
+        "linear attention": {"rule": "additive", "normaliser": "time"},
+    },
+    ablation__also_on=[{"task": {"kind": "even_pairs"}, "model": {"n_layers": 3}, "recipe": {"batch": 256}}],
+)
+
+
+def test_a_named_cell_changes_several_axes_of_the_baseline() -> None:
+    cells = Study.model_validate(edited(NAMED, ablation__also_on=None)).cells()
+    assert [cell.label for cell in cells] == ["baseline", "attention", "linear attention"]
+    assert [cell.config.arch.layers[0].kind for cell in cells] == ["hybrid", "attention", "hybrid"]
+    assert cells[1].choices["window"] is None
+
+
+def test_every_cell_is_trained_on_every_task_with_what_the_task_changes() -> None:
+    study = Study.model_validate(NAMED)
+    cells = study.cells()
+    assert study.n_trials == study.size() == len(cells) == 6
+    assert [cell.label for cell in cells[:3]] == [cell.label for cell in cells[3:]]
+    assert {cell.config.task.kind for cell in cells[:3]} == {"parity"}
+    assert {cell.config.task.kind for cell in cells[3:]} == {"even_pairs"}
+    assert {(cell.config.arch.n_layers, cell.config.recipe.batch) for cell in cells[3:]} == {(3, 256)}
+    assert {cell.config.recipe.steps for cell in cells} == {100}
+    assert len({cell.config.config_id for cell in cells}) == 6
+    assert [s.task.kind for s in study.by_task()] == ["parity", "even_pairs"]
+    assert study.on(cells[-1].config.task).build({})[0] == cells[3].config
+
+
+def test_each_task_matches_its_own_baseline() -> None:
+    cells = Study.model_validate(edited(NAMED, ablation__match="parameters")).cells()
+    parameters = [costs(cell.config)["parameters"] for cell in cells]
+    assert parameters[3] > 1.3 * parameters[0]
+    assert all(cell.residual is not None and abs(cell.residual) < 0.01 for cell in cells)
+
+
+@pytest.mark.parametrize(
+    ("changes", "path", "sentence"),
+    [
+        ({"ablation__cells": {}}, "ablation", "needs vary, cells, or both"),
+        ({"ablation__cells": {"same": {"blend": "synchronous"}}}, "ablation.cells.same", "the same model as baseline"),
+        (
+            {"ablation__cells": {"a": {"first": "attention", "beta_range": 1}}},
+            "ablation.cells.a.beta_range",
+            "no meaning for this model",
+        ),
+        ({"ablation__cells": {"d": {"feature_map": "identity"}}}, "ablation.cells.d", "unit length"),
+        ({"ablation__also_on": [{"task": {"kind": "parity"}}]}, "ablation.also_on.0.task", "already"),
+        (
+            {"ablation__also_on": [{"task": {"kind": "language_modelling"}}]},
+            "objectives.validation_accuracy",
+            "language_modelling has no such metric",
+        ),
+        (
+            {"ablation__also_on": [{"task": {"kind": "even_pairs"}, "model": {"window": 4}}]},
+            "ablation.baseline.window",
+            "fixed in model as well",
+        ),
+    ],
+)
+def test_what_makes_no_sense_in_named_cells_is_said_once_in_its_place(
+    changes: dict[str, Any], path: str, sentence: str
+) -> None:
+    found = sentences(edited(NAMED, **changes))
+    assert set(found) == {path}
+    assert sentence in found[path]
