@@ -1,12 +1,18 @@
 """The paper's models and its published rows."""
 
+from pathlib import Path
 from typing import get_args
 
 import pytest
+from hqlt_search_space.cost import costs
 from hqlt_search_space.errors import UnknownNameError
 from hqlt_search_space.mixers import Attention, DelayedChunk, FastWeight, Hybrid
-from hqlt_search_space.paper import MODELS, PUBLISHED, Size, paper_arch
+from hqlt_search_space.paper import MODELS, PUBLISHED, Size, paper_arch, paper_model
+from hqlt_search_space.recipe import Recipe
 from hqlt_search_space.rules import Additive, Delta
+from hqlt_search_space.study_file import load_study
+from hqlt_search_space.tasks import Lengths, Parity
+from hqlt_search_space.trial import Config
 
 
 @pytest.mark.parametrize("size", get_args(Size))
@@ -87,3 +93,48 @@ def test_an_unknown_model_or_size_is_named_with_the_nearest() -> None:
         paper_arch("deltanets", "340m")
     with pytest.raises(UnknownNameError, match="no size '340M'; did you mean '340m'"):
         paper_arch("deltanet", "340M")
+
+
+STUDY = Path(__file__).parents[2] / "search_space" / "studies" / "paper_expressivity.yaml"
+
+
+def test_the_study_of_the_papers_table_has_its_nine_models_on_both_tasks_with_the_published_recipes() -> None:
+    study = load_study(STUDY)
+    cells = study.cells()
+    nine = [
+        "hqlt_synchronous",
+        "transformer_pp",
+        "deltanet_beta1",
+        "deltanet",
+        "hqlt_delayed_streaming",
+        "hqlt_delayed_chunk_published",
+        "hqlt_delayed_chunk",
+        "hqlt_linear_attention_published",
+        "hqlt_linear_attention",
+    ]
+    for task, of_task in (("parity", cells[:9]), ("modular_arithmetic", cells[9:])):
+        assert [paper_model(cell.config) for cell in of_task] == nine
+        assert [cell.config.arch for cell in of_task] == [paper_arch(name, task) for name in nine]
+    assert study.seeds == (0, 1, 2)
+    recipes = {cell.config.task.kind: cell.config.recipe for cell in cells}
+    shared = {"learning_rate": 5e-3, "weight_decay": 0.1, "init_std": 0.006, "precision": "bfloat16"}
+    assert recipes["parity"] == Recipe(steps=20_000, batch=1024, **shared)
+    assert recipes["modular_arithmetic"] == Recipe(steps=100_000, batch=256, **shared)
+    task = cells[0].config.task
+    assert isinstance(task, Parity)
+    assert (task.train_length, task.test_length) == (Lengths(low=3, high=40), Lengths(low=40, high=256))
+
+
+def test_the_synthetic_hybrids_have_about_the_published_numbers_of_parameters() -> None:
+    """0.6 and 0.9 million."""
+    for cell in load_study(STUDY).cells():
+        if cell.config.arch.layers[0].kind == "hybrid":
+            published = 0.6e6 if cell.config.task.kind == "parity" else 0.9e6
+            assert costs(cell.config)["parameters"] == pytest.approx(published, rel=0.02)
+
+
+def test_a_model_of_the_paper_on_other_lengths_is_not_compared_with_it() -> None:
+    config = Config(arch=paper_arch("deltanet", "parity"), recipe=Recipe(), task=Parity())
+    assert paper_model(config) == "deltanet"
+    assert paper_model(config.model_copy(update={"task": Parity(test_length=Lengths(low=40, high=64))})) is None
+    assert paper_model(config.model_copy(update={"arch": paper_arch("deltanet", "modular_arithmetic")})) is None
