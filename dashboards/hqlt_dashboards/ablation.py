@@ -63,34 +63,11 @@ class AblationTable:
 
     def to_markdown(self) -> str:
         """A GitHub-flavoured table with the remarks as a list under it."""
-        lines = ["| " + " | ".join((_markdown(cells[0]), *cells[1:])) + " |" for cells in (TITLES, *self.cells())]
-        lines.insert(1, "| --- |" + " ---: |" * (len(TITLES) - 1))
-        heading = f"**{_markdown(self.study)}**: {_markdown(spoken(self.metric))}"
-        return "\n".join([heading, "", *lines, "", *(f"- {_markdown(remark)}" for remark in self.remarks)]) + "\n"
+        return as_markdown(self.study, spoken(self.metric), TITLES, self.cells(), self.remarks)
 
     def to_latex(self) -> str:
         """A `table` environment that needs the package booktabs."""
-        caption = " ".join([f"{self.study}: {spoken(self.metric)}.", *self.remarks])
-        return "\n".join(
-            [
-                r"% needs \usepackage{booktabs}",
-                r"\begin{table}",
-                r"  \centering",
-                rf"  \caption{{{_latex(caption)}}}",
-                r"  \begin{tabular}{l" + "r" * (len(TITLES) - 1) + "}",
-                r"    \toprule",
-                "    " + " & ".join(_latex(title) for title in TITLES) + r" \\",
-                r"    \midrule",
-                *(
-                    "    " + " & ".join([_latex(label), *(_latex_number(text) for text in texts)]) + r" \\"
-                    for label, *texts in self.cells()
-                ),
-                r"    \bottomrule",
-                r"  \end{tabular}",
-                r"\end{table}",
-                "",
-            ]
-        )
+        return as_latex(" ".join([f"{self.study}: {spoken(self.metric)}.", *self.remarks]), TITLES, self.cells())
 
     def cells(self, gap: str = " ") -> list[tuple[str, ...]]:
         """The texts of each row in the order of `TITLES`; `gap` stands between a mean and its interval."""
@@ -123,15 +100,65 @@ class AblationTable:
         ]
 
 
+def as_markdown(
+    study: str, what: str, titles: Sequence[str], rows: Sequence[Sequence[str]], remarks: Sequence[str]
+) -> str:
+    """A GitHub-flavoured table under its heading, with the remarks as a list under it. Only first cells are escaped."""
+    lines = ["| " + " | ".join((_markdown(cells[0]), *cells[1:])) + " |" for cells in (titles, *rows)]
+    lines.insert(1, "| --- |" + " ---: |" * (len(titles) - 1))
+    heading = f"**{_markdown(study)}**: {_markdown(what)}"
+    return "\n".join([heading, "", *lines, "", *(f"- {_markdown(remark)}" for remark in remarks)]) + "\n"
+
+
+def as_latex(caption: str, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A `table` environment that needs the package booktabs; all cells but the first of a row are numbers."""
+    return "\n".join(
+        [
+            r"% needs \usepackage{booktabs}",
+            r"\begin{table}",
+            r"  \centering",
+            rf"  \caption{{{_latex(caption)}}}",
+            r"  \begin{tabular}{l" + "r" * (len(titles) - 1) + "}",
+            r"    \toprule",
+            "    " + " & ".join(_latex(title) for title in titles) + r" \\",
+            r"    \midrule",
+            *(
+                "    " + " & ".join([_latex(label), *(_latex_number(text) for text in texts)]) + r" \\"
+                for label, *texts in rows
+            ),
+            r"    \bottomrule",
+            r"  \end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def by_task(results: StudyResults) -> tuple[StudyResults, ...]:
+    """The results on each task of an ablation apart, named after study and task; of a single task as they are."""
+    kinds = tuple(dict.fromkeys(record.config.task.kind for record in results.trials))
+    if len(kinds) < 2:
+        return (results,)
+    return tuple(
+        results.model_copy(
+            update={
+                "name": f"{results.name}, {spoken(kind)}",
+                "trials": tuple(record for record in results.trials if record.config.task.kind == kind),
+            }
+        )
+        for kind in kinds
+    )
+
+
 def ablation_table(results: StudyResults, metric: str) -> AblationTable:
     """Each cell's `metric` over its seeds, and its paired difference to the cell `baseline`.
 
-    A seed counts for a cell if its replica is complete and has the metric. Every seed that any cell was run for is
-    expected of all of them.
+    A seed counts for a cell if its replica is complete and has the metric. The study's seeds, and every seed that any
+    cell was run for, are expected of all of them.
 
     Raises:
         HqltError: the study is not an ablation.
-        UnknownNameError: no replica has a metric of that name.
+        UnknownNameError: replicas have metrics, and none of that name.
     """
     replicas: dict[str, list[ReplicaResult]] = {}
     for record in sorted(results.trials, key=lambda record: record.number):
@@ -140,10 +167,10 @@ def ablation_table(results: StudyResults, metric: str) -> AblationTable:
     if not replicas:
         raise HqltError(f"study {results.name!r} is a search and has no ablation table; `hqlt pareto` shows its front")
     values = {cell: readings(of_cell, metric) for cell, of_cell in replicas.items()}
-    if not any(values.values()):
-        known = {name for of_cell in replicas.values() for replica in of_cell for name in replica.metrics}
+    known = {name for of_cell in replicas.values() for replica in of_cell for name in replica.metrics}
+    if known and not any(values.values()):
         raise UnknownNameError("metric", metric, tuple(sorted(known)))
-    seeds = tuple(sorted({replica.seed for of_cell in replicas.values() for replica in of_cell}))
+    seeds = tuple(sorted({*results.seeds, *(replica.seed for of_cell in replicas.values() for replica in of_cell)}))
     baseline = values.get(BASELINE, {})
     return AblationTable(
         study=results.name,

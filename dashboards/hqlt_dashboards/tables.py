@@ -9,6 +9,7 @@ from hqlt_search_space.trial import StudyResults
 
 from hqlt_dashboards.ablation import AblationTable
 from hqlt_dashboards.front import FrontMember, front_members
+from hqlt_dashboards.published import TITLES, PublishedTable
 from hqlt_dashboards.seeds import CAVEATS
 from hqlt_dashboards.words import describe, format_value, spoken
 
@@ -68,6 +69,14 @@ def ablation_text(table: AblationTable, width: int = 80) -> str:
     columns = [_Column(title, texts, right=True) for title, texts in zip(titles, others, strict=True)]
     remarks = ("IQM is the interquartile mean over seeds.", INTERVAL, *table.remarks)
     return _with_remarks(_lay_out(columns, _Column("cell", labels), 0, width), remarks, width)
+
+
+def published_text(table: PublishedTable, width: int = 80) -> str:
+    """A study's models beside the paper's numbers, as plain text of at most `width` columns."""
+    labels, *others = zip(*(line.texts() for line in table.lines), strict=True)
+    columns = [_Column(title, texts, right=True) for title, texts in zip(TITLES[1:], others, strict=True)]
+    lines = _lay_out(columns, _Column(TITLES[0], labels), 0, width)
+    return _with_remarks([f"{table.study}: beside the published numbers", "", *lines], table.remarks, width)
 
 
 def _with_remarks(lines: list[str], remarks: Sequence[str], width: int) -> str:

@@ -260,7 +260,7 @@ class Ledger:
         """Take a new trial into the ledger if the budget has room and its config is new, and lease its first replica.
 
         One transaction, so drivers can neither overshoot the budget nor train a config twice. Without a driver nothing
-        is leased. An ablation's cells may share a config, never a label.
+        is leased. An ablation's cells may share a config, or on different tasks a label, never both.
         """
         now = time.time()
         with self.write() as tx:
@@ -268,7 +268,8 @@ class Ledger:
             number: int = tx.execute(sa.select(sa.func.count()).where(TRIALS.c.study == study)).scalar_one()
             same = sa.select(TRIALS.c.number).where(
                 TRIALS.c.study == study,
-                TRIALS.c.cell == new.cell if new.cell is not None else TRIALS.c.config_id == new.config.config_id,
+                TRIALS.c.config_id == new.config.config_id,
+                *([TRIALS.c.cell == new.cell] if new.cell is not None else []),
             )
             if tx.execute(same).first() is not None:
                 return Refused("duplicate")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hqlt_dashboards.front import front, front_hypervolume
-from hqlt_dashboards.tables import ablation_text, front_text
+from hqlt_dashboards.tables import front_text
 from hqlt_search_space.errors import HqltError, NoResultError, UnknownNameError
 from hqlt_search_space.study import Study
 from hqlt_search_space.trial import StudyResults
@@ -17,7 +17,7 @@ from hqlt_orchestration.executor import LOG_FILE, replica_folder
 from hqlt_orchestration.ledger import Ledger
 from hqlt_orchestration.results import study_results
 from hqlt_orchestration.store import Store
-from hqlt_orchestration.studies import metric_of
+from hqlt_orchestration.studies import ablation_texts, metric_of
 
 WATCH_EVERY_S = 2.0
 FOLLOW_EVERY_S = 0.3
@@ -79,7 +79,10 @@ def _status_text(ledger: Ledger, name: str, *, as_json: bool) -> str:
         lines.append(row.note)
     lines += _drivers(ledger, name)
     lines += _running(ledger, name)
-    if members:
+    study = Study.from_json(row.study)
+    if study.ablation is not None and any(record.replicas for record in results.trials):
+        lines += ["", ablation_texts(results, metric_of(study)).rstrip()]
+    elif members:
         lines += ["", front_text(results).rstrip()]
     lines += _failures(ledger, results)
     if row.state != "complete":
@@ -140,27 +143,29 @@ def pareto(name: str, out: Path | None, store: Store) -> None:
 
 
 def ablation(name: str, out: Path | None, metric: str | None, store: Store) -> None:
-    """Print the ablation table of a study, or write it to `out` as .md or .tex.
+    """Print the ablation table of a study, a table a task, or write it to `out` as .md or .tex.
 
     Raises:
         HqltError: the study is a search, has no results, or the suffix is another.
     """
-    from hqlt_dashboards.ablation import ablation_table
+    from hqlt_dashboards.ablation import ablation_table, by_task
+    from hqlt_dashboards.published import published_tables
 
     ledger = store.open_existing()
     study = Study.from_json(ledger.study(name).study)
     results = study_results(ledger, name)
     if study.ablation is not None and not any(record.replicas for record in results.trials):
         raise NoResultError(f"study {name!r} has no result yet, so it has no table")
-    table = ablation_table(results, metric or metric_of(study))
+    metric = metric or metric_of(study)
     if out is None:
-        print(ablation_text(table), end="")
+        print(ablation_texts(results, metric), end="")
         return
-    text = {".md": table.to_markdown, ".tex": table.to_latex}.get(out.suffix)
-    if text is None:
+    if out.suffix not in (".md", ".tex"):
         raise HqltError(f"cannot write a table as {out.suffix or 'a file without suffix'!r}; give .md or .tex")
+    tables = [*(ablation_table(part, metric) for part in by_task(results)), *published_tables(results)]
+    texts = [table.to_markdown() if out.suffix == ".md" else table.to_latex() for table in tables]
     try:
-        out.write_text(text(), encoding="utf-8")
+        out.write_text("\n".join(texts), encoding="utf-8")
     except OSError as error:
         raise HqltError(f"cannot write {out}: {error.strerror}") from error
     print(f"written to {out}", file=sys.stderr)

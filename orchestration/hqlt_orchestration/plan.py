@@ -6,7 +6,8 @@ import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
-from hqlt_dashboards.words import describe, format_value
+from hqlt_dashboards.ablation import BASELINE
+from hqlt_dashboards.words import describe, format_value, spoken
 from hqlt_search_space.axes import AxisDomain, AxisValue, Choices, IntegerRange, RealRange
 from hqlt_search_space.cost import costs
 from hqlt_search_space.errors import InvalidArchError, StudyFileError
@@ -49,7 +50,8 @@ def print_plan(file: Path, store: Store) -> None:
 def _summary(study: Study) -> str:
     seeds = f"{len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''} each"
     if study.search is None:
-        return f"ablation {study.name}: {study.n_trials} cells, {seeds}"
+        tasks = [spoken(part.task.kind) for part in study.by_task()]
+        return f"ablation {study.name}: {study.n_trials} cells, {seeds}, on {' and '.join(tasks)}"
     size = study.size()
     space = "infinitely many, or too many to count" if size is None else f"{size:,}"
     replicated = f", then the front over {len(study.replication.seeds)} fresh seeds" if study.replication else ""
@@ -63,8 +65,11 @@ def print_cost(file: Path, store: Store) -> None:
     """Parameters, FLOPs and bytes of the study's models, and the hours that training them takes."""
     study = checked_study(file)
     if study.ablation is not None:
-        found = [cell.config for cell in study.cells()]
-        for cell in study.cells():
+        cells = study.cells()
+        found = [cell.config for cell in cells]
+        for cell in cells:
+            if len(study.by_task()) > 1 and cell.label == BASELINE:
+                print(f"{spoken(cell.config.task.kind)}:")
             cost = costs(cell.config)
             left = "" if cell.residual is None else f"   {cell.residual:+.2%} off the baseline's {study.ablation.match}"
             print(f"{cell.label:<36} {format_value('parameters', cost['parameters']):>9} parameters{left}")

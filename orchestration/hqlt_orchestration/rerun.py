@@ -156,7 +156,7 @@ def _varied(study: Study, row: TrialRow, changes: Mapping[str, AxisValue]) -> Co
             return row.config.model_copy(update={"recipe": Recipe.model_validate(recipe)})
         except pydantic.ValidationError as error:
             raise InvalidArchError(tuple(problem["msg"] for problem in error.errors())) from None
-    config, canonical = study.resolve({**row.choices, **changes})
+    config, canonical = study.on(row.config.task).resolve({**row.choices, **changes})
     ignored = [name for name in changes if name not in canonical]
     if ignored:
         raise InvalidArchError((f"{ignored[0]} has no meaning for this model: {describe(config.arch)}",))

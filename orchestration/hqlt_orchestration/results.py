@@ -29,6 +29,7 @@ def study_results(
         objectives=study.objective_list,
         trials=tuple(trial_record(study, trial, replicas.get(trial.number, [])) for trial in ledger.trials(name)),
         budget=row.budget,
+        seeds=study.seeds,
         constraints={cost: (bounds.min, bounds.max) for cost, bounds in study.constraints.items()},
         importances={objective: dict(shares) for objective, shares in (importances or {}).items()},
     )

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from hqlt_dashboards.front import front
+from hqlt_dashboards.words import spoken
 from hqlt_search_space.errors import HqltError, StudyConflictError
 from hqlt_search_space.study import Study
-from hqlt_search_space.tasks import LanguageModelling
+from hqlt_search_space.tasks import LanguageModelling, Task
 from hqlt_search_space.trial import StudyResults
 
 from hqlt_orchestration.database import shown
@@ -89,12 +90,19 @@ def with_data_hash(study: Study) -> Study:
     Raises:
         DataError: the corpus cannot be used.
     """
-    if not isinstance(study.task, LanguageModelling) or study.task.data_sha256 is not None:
-        return study
+    changes: dict[str, object] = {"task": _hashed(study.task)}
+    if study.ablation is not None:
+        others = tuple(other.model_copy(update={"task": _hashed(other.task)}) for other in study.ablation.also_on)
+        changes["ablation"] = study.ablation.model_copy(update={"also_on": others})
+    return study.model_copy(update=changes)
+
+
+def _hashed(task: Task) -> Task:
+    if not isinstance(task, LanguageModelling) or task.data_sha256 is not None:
+        return task
     from hqlt_trainer.corpus import fingerprint
 
-    task = study.task.model_copy(update={"data_sha256": fingerprint(study.task)})
-    return study.model_copy(update={"task": task})
+    return task.model_copy(update={"data_sha256": fingerprint(task)})
 
 
 def _update(ledger: Ledger, stored: StudyRow, study: Study) -> Study:
@@ -181,10 +189,7 @@ def _conclude(study: Study, results: StudyResults, ending: str) -> int:
         print(f"study {study.name}: no trial has a result; see: hqlt study status {study.name}", file=sys.stderr)
         return 1
     if study.ablation is not None:
-        from hqlt_dashboards.ablation import ablation_table
-        from hqlt_dashboards.tables import ablation_text
-
-        print(ablation_text(ablation_table(results, metric_of(study))), end="")
+        print(ablation_texts(results, metric_of(study)), end="")
         print(f"\nnext: hqlt ablation {study.name} --out table.md", file=sys.stderr)
         return 0
     from hqlt_dashboards.tables import front_text
@@ -198,6 +203,24 @@ def _conclude(study: Study, results: StudyResults, ending: str) -> int:
         file=sys.stderr,
     )
     return 0
+
+
+def ablation_texts(results: StudyResults, metric: str) -> str:
+    """The table of an ablation for each of its tasks, and beside the paper's numbers where it has the paper's models.
+
+    Raises:
+        HqltError: the study is a search, or nothing has a metric of that name.
+    """
+    from hqlt_dashboards.ablation import ablation_table, by_task
+    from hqlt_dashboards.published import published_tables
+    from hqlt_dashboards.tables import ablation_text, published_text
+
+    parts = by_task(results)
+    texts = [
+        (f"{part.name}: {spoken(metric)}\n\n" if len(parts) > 1 else "") + ablation_text(ablation_table(part, metric))
+        for part in parts
+    ]
+    return "\n".join(texts + [published_text(table) for table in published_tables(results)])
 
 
 def metric_of(study: Study) -> str:

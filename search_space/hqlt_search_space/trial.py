@@ -167,5 +167,6 @@ class StudyResults(Spec):
     objectives: tuple[Objective, ...]
     trials: tuple[TrialRecord, ...]
     budget: int
+    seeds: tuple[Seed, ...] = Field(default=(), description="That every trial is trained with.")
     constraints: dict[str, tuple[float | None, float | None]] = Field(default={}, description="(min, max) by cost.")
     importances: dict[str, dict[str, float]] = Field(default={}, description="Objective -> axis -> share.")
