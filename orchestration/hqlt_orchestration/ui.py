@@ -1,26 +1,32 @@
-"""`hqlt ui`: MLflow's pages on the recorded studies, for this machine only."""
+"""`hqlt ui`: MLflow's pages on the recorded studies, for this machine and its browser only.
 
+The pages are served by this very process, so they end with the command, however it ends. MLflow asks nobody for a
+password, and a browser hands requests of any page it shows to a server on this machine: so a request is answered only
+if it names this machine as its host and comes from these pages (or from no page at all, as a program's does).
+"""
+
+import contextlib
 import os
 import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
+import warnings
+from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
+from typing import Any
 
 from hqlt_search_space.errors import ResourceError, StoreError
 
 from hqlt_orchestration.store import Store
 
 HOST = "127.0.0.1"
-READY_S = 60.0  # 6 to 12 s on two quiet cores
-# Without the job runner and its seven consumers MLflow needs 2 processes and half a gigabyte instead of 15 and 2.6.
 ENVIRONMENT = {
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
 }
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
 def serve(store: Store, port: int) -> None:
@@ -28,7 +34,7 @@ def serve(store: Store, port: int) -> None:
 
     Raises:
         StoreError: nothing has been recorded yet.
-        ResourceError: the port is taken, or the server does not start.
+        ResourceError: the port is taken.
     """
     if store.mlflow is not None and not store.mlflow.startswith("sqlite:"):
         print(f"MLflow's pages are at {store.mlflow}")
@@ -37,49 +43,71 @@ def serve(store: Store, port: int) -> None:
     if store.mlflow is None and not (store.data / "mlflow.db").exists():
         raise StoreError(f"nothing is recorded in {store.data} yet; run a study first")
     _check_port(port)
-    server = start(store, port)
-    try:
-        wait_until_ready(server, port)
-        print(f"MLflow's pages are at http://{HOST}:{port} (Ctrl-C ends)", flush=True)
-        server.wait()
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-    finally:
-        server.terminate()
-        server.wait()
+    _run(store, port)
 
 
-def start(store: Store, port: int) -> "subprocess.Popen[bytes]":
-    """The server process, which is not ready yet."""
-    return subprocess.Popen(  # noqa: S603  our own interpreter and MLflow's command
-        [
-            *(sys.executable, "-m", "mlflow", "server"),
-            *("--backend-store-uri", store.mlflow_uri),
-            *("--default-artifact-root", str(store.artifacts.resolve())),
-            *("--host", HOST, "--port", str(port), "--workers", "1"),
-        ],
-        env={**os.environ, **ENVIRONMENT},
-        stdout=subprocess.DEVNULL,
-        stderr=sys.stderr if os.environ.get("HQLT_DEBUG") else subprocess.DEVNULL,
+def _run(store: Store, port: int) -> None:
+    os.environ |= ENVIRONMENT | {
+        "MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE": "false",  # whatever the user's own servers have
+        "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join(_own_names(port)),
+        "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": f"http://{HOST}:{port}",
+    }
+    import uvicorn
+    from mlflow.server.constants import ARTIFACT_ROOT_ENV_VAR, BACKEND_STORE_URI_ENV_VAR, REGISTRY_STORE_URI_ENV_VAR
+
+    os.environ |= {
+        BACKEND_STORE_URI_ENV_VAR: store.mlflow_uri,
+        REGISTRY_STORE_URI_ENV_VAR: store.mlflow_uri,
+        ARTIFACT_ROOT_ENV_VAR: str(store.artifacts.resolve()),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of MLflow's own imports
+        from mlflow.server.fastapi_app import app
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            print(f"MLflow's pages are at http://{HOST}:{port} (Ctrl-C ends)", flush=True)
+
+    level = "info" if os.environ.get("HQLT_DEBUG") else "critical"
+    # Without its lifespan MLflow does not look for containers of its assistant.
+    config = uvicorn.Config(
+        guarded(app, port), HOST, port, log_level=level, lifespan="off", timeout_graceful_shutdown=1
     )
+    with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again once it has ended
+        Server(config).run()
 
 
-def wait_until_ready(server: "subprocess.Popen[bytes]", port: int) -> None:
-    """Return once the server answers.
+def _own_names(port: int) -> tuple[str, ...]:
+    return f"{HOST}:{port}", f"localhost:{port}"
 
-    Raises:
-        ResourceError: it ended, or does not answer in `READY_S`.
-    """
-    deadline = time.monotonic() + READY_S
-    while time.monotonic() < deadline:
-        if server.poll() is not None:
-            raise ResourceError(f"MLflow's server ended with code {server.returncode}; HQLT_DEBUG=1 shows what it said")
-        try:
-            with urllib.request.urlopen(f"http://{HOST}:{port}/health", timeout=1):
-                return
-        except (urllib.error.URLError, TimeoutError, ConnectionError):
-            time.sleep(0.2)
-    raise ResourceError(f"MLflow's server does not answer on port {port} after {READY_S:.0f} s")
+
+def guarded(app: App, port: int) -> App:
+    """`app` behind a check that refuses (403) what a page of another site, or a name that another site has pointed at
+    this machine, makes a browser ask. A link to the pages may be followed from anywhere."""
+    hosts = {name.encode() for name in _own_names(port)}
+    origins = {b"http://" + name for name in hosts}
+
+    def is_own(scope: Message) -> bool:
+        headers = list(scope["headers"])
+        if [value for name, value in headers if name == b"host"][:1] not in ([host] for host in hosts):
+            return False
+        if any(value not in origins for name, value in headers if name == b"origin"):
+            return False
+        sites = {value for name, value in headers if name == b"sec-fetch-site"}
+        modes = {value for name, value in headers if name == b"sec-fetch-mode"}
+        return sites <= {b"same-origin", b"none"} or (scope.get("method") == "GET" and modes == {b"navigate"})
+
+    async def guard(scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not is_own(scope):
+            await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
+            await send({"type": "http.response.body", "body": b"refused: this request comes from another site\n"})
+        elif scope["type"] == "websocket":  # the pages use none
+            await send({"type": "websocket.close"})
+        else:
+            await app(scope, receive, send)
+
+    return guard
 
 
 def _check_port(port: int) -> None:
