@@ -83,13 +83,11 @@ def test_a_running_study_listens_on_the_loopback_device_alone_and_wants_its_toke
 def test_an_open_door_is_told_by_its_number() -> None:
     with socket.create_server(("0.0.0.0", 0)) as everywhere, socket.create_server(("127.0.0.1", 0)) as here:
         found = doors()
-        sentence = open_doors_sentence(found)
-    ports = {door.port: door.is_loopback for door in found}
-    assert ports[everywhere.getsockname()[1]] is False
-    assert ports[here.getsockname()[1]] is True
-    assert sentence is not None
-    assert str(everywhere.getsockname()[1]) in sentence
-    assert str(here.getsockname()[1]) not in sentence
+        open_port, closed_port = everywhere.getsockname()[1], here.getsockname()[1]
+    own = {door.port: door.is_loopback for door in found}
+    assert (own[open_port], own[closed_port]) == (False, True)
+    sentence = open_doors_sentence(found) or ""
+    assert (str(open_port) in sentence, str(closed_port) in sentence) == (True, False)
     assert open_doors_sentence([Door(1, "::1", "a"), Door(2, "::ffff:127.0.0.1", "b")]) is None
 
 
