@@ -114,7 +114,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 def ask(port: int, method: str, path: str, **headers: str) -> tuple[int, bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     sent = {"Host": f"127.0.0.1:{port}"} | {name.replace("_", "-"): value for name, value in headers.items()}
-    connection.request(method, path, body=b"{}" if method != "GET" else None, headers=sent)
+    connection.request(method, path, body=b'{"max_results": 5}' if method != "GET" else None, headers=sent)
     answer = connection.getresponse()
     found = answer.status, answer.read()
     connection.close()
