@@ -26,10 +26,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def ray() -> Iterator[None]:
     """One Ray for all tests that need it: it takes seconds to start. Executors find it running and leave it alone."""
-    import ray
     from hqlt_orchestration.executor import start_ray
 
-    folder = start_ray(2, None)
+    folder = start_ray(2, None)  # before anything imports ray, which then reads its settings
+    import ray
+
     yield
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,36 +1,24 @@
 """Which drivers of a study are alive."""
 
-import socket
 import time
 from collections.abc import Callable, Iterable
-from functools import lru_cache
-from pathlib import Path
 
-import psutil
-
+from hqlt_orchestration.orphans import ProcessIdentity
 from hqlt_orchestration.tables import DriverId, DriverRow
 
-STALE_DRIVER_S = 60.0  # twelve missed beats: what a driver on another host may miss before its trials are given away
+STALE_DRIVER_S = 60.0  # twelve missed beats: what a driver may miss before its trials are given away
 
 
 def driver_is_dead(driver: DriverRow) -> bool | None:
-    """Whether a driver's process is gone; None if it is on another machine and only its beats can tell.
-
-    A process id alone may have been given to another process, hence the start time; after a reboot nobody is left.
-    """
-    if driver.host != socket.gethostname():
-        return None
-    if driver.boot_id != boot_id():
-        return True
-    try:
-        return bool(abs(psutil.Process(driver.pid).create_time() - driver.process_start) > 1.0)
-    except psutil.NoSuchProcess:
-        return True
+    """Whether a driver's process is gone; None if it is on another machine and only its beats can tell."""
+    identity = ProcessIdentity(driver.host, driver.boot_id, driver.pid, driver.process_start)
+    return None if identity.is_alive is None else not identity.is_alive
 
 
 class DriverWatch:
-    """Tells which drivers are dead, those on other machines by beats that stay away.
+    """Tells which drivers are dead: their process is gone, or their beats stay away, wherever they are.
 
+    A driver beats from the loop that also watches over its trials, so one that was stopped or hangs does not beat.
     Only differences of this process's monotonic clock are used: neither a stepped clock nor two hosts that disagree
     about the time can make a living driver look dead.
     """
@@ -44,16 +32,10 @@ class DriverWatch:
         now = self._clock()
         dead: list[DriverRow] = []
         for driver in drivers:
-            verdict = driver_is_dead(driver)
             beats, since = self._seen.get(driver.id, (-1, now))
             if beats != driver.beats:
                 self._seen[driver.id] = (driver.beats, now)
                 since = now
-            if verdict is True or (verdict is None and now - since > self._stale_after_s):
+            if driver_is_dead(driver) or now - since > self._stale_after_s:
                 dead.append(driver)
         return dead
-
-
-@lru_cache
-def boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

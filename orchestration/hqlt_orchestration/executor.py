@@ -6,14 +6,12 @@ is the ledger's decision.
 """
 
 import contextlib
-import fcntl
 import os
 import queue
 import secrets
 import shutil
 import socket
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -24,6 +22,8 @@ from typing import IO, Any, Literal, Protocol
 
 from hqlt_search_space.errors import HqltError, ResourceError, TrialPausedError
 from hqlt_search_space.trial import Trial, TrialResult
+
+from hqlt_orchestration.orphans import SESSION_VARIABLE, alone_in, end_dead_sessions, new_session
 
 TRIALS_PER_WORKER = 200  # then a fresh process, so that a slow leak of a library cannot grow without end
 LOG_FILE = "log.txt"
@@ -72,6 +72,18 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Moved:
+    """A sign of life, every few seconds from a job that takes steps or evaluates: the step at which it stands."""
+
+    key: AttemptKey
+    step: int
+    n_signs: int
+    """How often the job has shown life so far: once a step, and once for each batch that it judged."""
+    slowest_s: float
+    """The longest time that has passed between two of them in this job."""
+
+
+@dataclass(frozen=True)
 class RungReached:
     """The job stands still until `answer` says whether this seed goes on."""
 
@@ -101,9 +113,11 @@ class Crashed:
 
     key: AttemptKey
     message: str
+    out_of_memory: bool = False
+    """The machine had no more memory: half of a micro-batch may fit."""
 
 
-Event = Measured | RungReached | Finished | Paused | Crashed
+Event = Measured | Moved | RungReached | Finished | Paused | Crashed
 END = (Finished, Paused, Crashed)
 Device = Literal["cpu", "cuda"]
 
@@ -142,6 +156,31 @@ class Executor(Protocol):
         """Give back every process. Jobs that still run are lost."""
 
 
+class _Life:
+    """The signs of life of one job: written by the thread that trains, read by those that answer the driver."""
+
+    def __init__(self, keys: tuple[AttemptKey, ...]) -> None:
+        self._keys = keys
+        self._n_signs = self._n_told = self._step = 0
+        self._slowest_s = 0.0
+        self._last = time.monotonic()
+
+    def show(self, step: int) -> None:
+        now = time.monotonic()
+        if self._n_signs:  # before the first there is no step, but libraries that load and kernels that compile
+            self._slowest_s = max(self._slowest_s, now - self._last)
+        self._last = now
+        self._step = step
+        self._n_signs += 1
+
+    def news(self) -> list[Event]:
+        n_signs = self._n_signs
+        if n_signs == self._n_told:
+            return []
+        self._n_told = n_signs
+        return [Moved(key, self._step, n_signs, self._slowest_s) for key in self._keys]
+
+
 class Worker:
     """Runs jobs one after the other in the process it lives in. `events` and the rest may be called meanwhile."""
 
@@ -159,6 +198,7 @@ class Worker:
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[tuple[AttemptKey, int, bool]] = queue.SimpleQueue()
         self._cancelled: set[AttemptKey] = set()
+        self._life = _Life(())
 
     def has_cuda(self) -> bool:
         return self._has_cuda
@@ -171,7 +211,7 @@ class Worker:
                 for key in sorted(job.keys):
                     folder = replica_folder(job.out, key.seed)
                     folder.mkdir(parents=True, exist_ok=True)
-                    held.enter_context(_alone_in(folder))
+                    held.enter_context(alone_in(folder))
                     capture = self._capture and not logs  # of a stack, the first seed's log has what was printed
                     logs[key.seed] = held.enter_context(_log(key, folder, capture=capture))
                 ends = self._ends_of(job, logs)
@@ -182,6 +222,7 @@ class Worker:
             self._events.put(end)
 
     def _ends_of(self, job: Job, logs: dict[int, IO[str]]) -> list[Event]:
+        life = self._life = _Life(job.keys)
         keys = {key.seed: key for key in job.keys}  # what happens to a seed without one is nobody's business here
 
         def cancelled() -> bool:
@@ -210,7 +251,9 @@ class Worker:
                 file.write(f"{text}\n")
 
         try:
-            result = self._run_trial(job.trial, job.out, on_rung, on_metrics=on_metrics, cancelled=cancelled)
+            result = self._run_trial(
+                job.trial, job.out, on_rung, on_metrics=on_metrics, cancelled=cancelled, on_progress=life.show
+            )
         except TrialPausedError as paused:
             log(str(paused))
             return [Paused(key) for key in job.keys]
@@ -218,6 +261,8 @@ class Worker:
             text = str(error) if isinstance(error, HqltError) else traceback.format_exc()
             log(text)
             return [Crashed(key, text) for key in job.keys]
+        finally:
+            self._life = _Life(())
         ends: list[Event] = []
         for replica in result.replicas:
             if replica.seed in keys:
@@ -234,7 +279,7 @@ class Worker:
             found.append(self._events.get(timeout=timeout_s))
             while True:
                 found.append(self._events.get_nowait())
-        return found
+        return self._life.news() + found
 
     def answer(self, key: AttemptKey, step: int, go_on: bool) -> None:
         self._answers.put((key, step, go_on))
@@ -397,8 +442,9 @@ class RayExecutor:
             if self._failed_starts >= _WORKER_STARTS:
                 raise ResourceError(f"no worker process will start; the last said: {error}") from error
         self._renew(slot)
-        obituary = _obituary(error, self._ray.exceptions)
-        return [Crashed(key, obituary) for key in sorted(slot.keys)]
+        out_of_memory = isinstance(error, self._ray.exceptions.OutOfMemoryError)
+        obituary = "ended because the machine ran out of memory" if out_of_memory else "died (killed or faulted)"
+        return [Crashed(key, f"its worker process {obituary}", out_of_memory) for key in sorted(slot.keys)]
 
     def _renew(self, slot: _Slot) -> None:
         self._ray.kill(slot.actor)
@@ -457,7 +503,8 @@ def start_ray(n_cpus: int, address: str | None) -> str:
         # Ray's name for "this node will never be part of a cluster": the one way to have it bind 127.0.0.1 (2.60 binds
         # every device even with _node_ip_address="127.0.0.1"). It is read when ray is imported.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes ~/.ray/auth_token, mode 0644
+        if not os.environ.get("RAY_AUTH_TOKEN"):  # then Ray would write one to ~/.ray/auth_token, mode 0644
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     else:
         _knock(address)
     import ray
@@ -469,17 +516,21 @@ def start_ray(n_cpus: int, address: str | None) -> str:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ResourceError(f"no Ray cluster answers at {address}: {error}") from error
         return ""
-    # A short path of our own: sockets have at most 107 characters, and Ray never removes its logs. Ray lets everybody
-    # write into its folder, so it gets one inside ours, which is closed to others.
-    folder = tempfile.mkdtemp(prefix="hqlt-")
-    ray.init(
-        address="local",
-        num_cpus=max(n_cpus, os.cpu_count() or 1),
-        include_dashboard=False,
-        object_store_memory=OBJECT_STORE_BYTES,
-        _temp_dir=f"{folder}/ray",
-        **quiet,
-    )
+    end_dead_sessions()
+    # Ray never removes its logs, and lets everybody write into its folder: it gets one inside ours, closed to others.
+    folder = new_session()
+    os.environ[SESSION_VARIABLE] = folder  # inherited by all that Ray starts
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(n_cpus, os.cpu_count() or 1),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _temp_dir=f"{folder}/ray",
+            **quiet,
+        )
+    finally:
+        del os.environ[SESSION_VARIABLE]
     return folder
 
 
@@ -505,25 +556,8 @@ def _spoils_its_worker(end: Event) -> bool:
     return isinstance(end, Crashed)
 
 
-def _obituary(error: Exception, exceptions: Any) -> str:
-    if isinstance(error, exceptions.OutOfMemoryError):
-        return "its worker process was ended because the machine ran out of memory"
-    return "its worker process died (killed, out of memory, or a segmentation fault)"
-
-
 def _no_gpu(gpus: float) -> ResourceError:
     return ResourceError(f"resources.gpu: {gpus:g} a trial, but there is no GPU here; write `auto` or 0 to use the CPU")
-
-
-@contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Hold the folder of a trial: an orphan of an earlier attempt may live on for a step or two after its driver."""
-    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
 
 
 @contextlib.contextmanager

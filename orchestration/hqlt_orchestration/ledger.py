@@ -15,21 +15,19 @@ States of a replica, and of a trial as the sum of its replicas:
 
 import contextlib
 import json
-import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 from uuid import uuid4
 
-import psutil
 import sqlalchemy as sa
 from hqlt_search_space.errors import StoreError, UnknownNameError
 from hqlt_search_space.trial import Config, TrialResult
 
 from hqlt_orchestration.database import make_engine, schema_lock, shown, store_errors
-from hqlt_orchestration.drivers import boot_id
 from hqlt_orchestration.executor import AttemptKey
+from hqlt_orchestration.orphans import this_process
 from hqlt_orchestration.tables import (
     ATTEMPTS,
     DRIVERS,
@@ -56,7 +54,8 @@ from hqlt_orchestration.tables import (
 )
 
 MAX_ATTEMPTS = 2  # a config that kills its worker twice will do so again; the rest of the study need not wait for it
-T = TypeVar("T")
+AttemptEnd = Literal["paused", "crashed", "hung", "out_of_memory"]
+"""How an attempt may end without a result. All but the first count towards quarantine."""
 
 
 @dataclass(frozen=True)
@@ -163,17 +162,17 @@ class Ledger:
 
     def enter(self, study: str, executor: str) -> DriverId:
         """Register this process as a driver of `study`."""
-        me = psutil.Process()
+        me = this_process()
         driver = DriverId(str(uuid4()))
         with self.write() as tx:
             tx.execute(
                 DRIVERS.insert().values(
                     id=driver,
                     study=study,
-                    host=socket.gethostname(),
-                    boot_id=boot_id(),
+                    host=me.host,
+                    boot_id=me.boot_id,
                     pid=me.pid,
-                    process_start=me.create_time(),
+                    process_start=me.start_s,
                     executor=executor,
                     beats=0,
                     beat_at=time.time(),
@@ -192,12 +191,19 @@ class Ledger:
         with self.write() as tx:
             tx.execute(DRIVERS.update().where(DRIVERS.c.id == driver).values(ended=True))
 
-    def beat(self, study: str, driver: DriverId, steps: Mapping[AttemptKey, int]) -> list[AttemptKey]:
-        """Show that the driver lives and how far its attempts are. Returns those a user has asked to cancel."""
+    def beat(self, study: str, driver: DriverId, steps: Mapping[AttemptKey, int]) -> list[AttemptKey] | None:
+        """Show that the driver lives and how far its attempts are. Returns those a user has asked to cancel.
+
+        None if another driver has given this one up, because its beats stayed away: what it held is no longer its own.
+        """
         with self.write() as tx:
-            tx.execute(
-                DRIVERS.update().where(DRIVERS.c.id == driver).values(beats=DRIVERS.c.beats + 1, beat_at=time.time())
+            beaten = tx.execute(
+                DRIVERS.update()
+                .where(DRIVERS.c.id == driver, ~DRIVERS.c.ended)
+                .values(beats=DRIVERS.c.beats + 1, beat_at=time.time())
             )
+            if not beaten.rowcount:
+                return None
             for lease, step in steps.items():
                 tx.execute(ATTEMPTS.update().where(_is(ATTEMPTS, study, lease)).values(step=step))
             asked = sa.select(REPLICAS.c.number, REPLICAS.c.seed).where(
@@ -362,9 +368,7 @@ class Ledger:
             )
             return _sum_up(tx, study, lease.number)
 
-    def release(
-        self, study: str, lease: AttemptKey, how: Literal["paused", "crashed", "hung"], message: str | None = None
-    ) -> State | None:
+    def release(self, study: str, lease: AttemptKey, how: AttemptEnd, message: str | None = None) -> State | None:
         """End an attempt without a result. Returns the state of its replica, or None if the attempt had ended."""
         with self.write() as tx:
             row = tx.execute(sa.select(ATTEMPTS.c.state).where(_is(ATTEMPTS, study, lease))).one_or_none()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, assert_never
 from hqlt_dashboards.front import front, front_hypervolume, ranks
 from hqlt_dashboards.words import describe, format_value, spoken
 from hqlt_search_space.cost import costs
+from hqlt_search_space.errors import TrialFailedError
 from hqlt_search_space.study import Study
 from hqlt_search_space.trial import ReplicaResult, Runtime, StudyResults, Trial, TrialRecord, TrialResult
 from hqlt_trainer.stacking import stacking
@@ -28,15 +29,17 @@ from hqlt_orchestration.executor import (
     Finished,
     Job,
     Measured,
+    Moved,
     Paused,
     RungReached,
     replica_folder,
 )
-from hqlt_orchestration.ledger import Ledger, NewTrial, Refused
+from hqlt_orchestration.ledger import AttemptEnd, Ledger, NewTrial, Refused
 from hqlt_orchestration.progress import Estimate, ProgressView, Standing
 from hqlt_orchestration.results import minimised, objectives_of, trial_record
 from hqlt_orchestration.store import Store
 from hqlt_orchestration.tables import FINISHED, Phase, ReplicaRow, State, TrialRow
+from hqlt_orchestration.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from hqlt_orchestration.sampler import Proposer
@@ -84,6 +87,8 @@ class _Running:
     trial: TrialRow
     step: int = 0
     cancelled: bool = False
+    hung: str | None = None
+    """What is wrong with it, if its process has been ended because it stood still."""
 
 
 class Driver:
@@ -113,6 +118,7 @@ class Driver:
         self._interrupts = interrupts
         self._budget = ledger.study(study.name).budget
         self._watch = DriverWatch()
+        self._watchdog = Watchdog(study.resources.hang_after_s)
         self._estimate = Estimate()
         self._records: dict[int, TrialRecord] = {}
         self._rows: dict[int, TrialRow] = {}
@@ -248,11 +254,15 @@ class Driver:
             self._some_wait = True
 
     def _keep_house(self) -> None:
+        self._end_hung(self._watchdog.look())
         now = time.monotonic()
         if now >= self._next_beat:
             self._next_beat = now + BEAT_S
             steps = {key: running.step for key, running in self._running.items()}
-            for key in self._ledger.beat(self._name, self._driver, steps):
+            cancelled = self._ledger.beat(self._name, self._driver, steps)
+            if cancelled is None:
+                self._start_over()
+            for key in cancelled or ():
                 self._running[key].cancelled = True
                 self._executor.cancel(key)
             self._take_back()
@@ -263,6 +273,32 @@ class Driver:
             self._next_mirror = now + MIRROR_S
             self._mirror_front()
             self._flush()
+
+    def _end_hung(self, hung: dict[AttemptKey, str]) -> None:
+        """End the processes of trials that stand still; they end as Crashed.
+
+        Raises:
+            TrialFailedError: it runs in a thread of this process, which nothing but the end of the process ends.
+        """
+        for key, sentence in hung.items():
+            self._running[key].hung = sentence
+            self._watchdog.end(key)
+            self._executor.kill(key)
+        if hung and self._executor.name == "inline":
+            for key, sentence in hung.items():
+                self._ledger.release(self._name, key, "hung", sentence)
+            key, sentence = next(iter(hung.items()))
+            sentence += f"; continue with: hqlt study resume {self._name}"
+            raise TrialFailedError("hung", f"trial {key.number}, seed {key.seed}: {sentence}")
+
+    def _start_over(self) -> None:
+        """Become a new driver: others have waited in vain for this one's beats, and have taken over what it held."""
+        self._view.say("this driver stood still, and others have taken over its trials; it goes on with new ones")
+        for key in self._running:
+            self._executor.kill(key)
+            self._watchdog.end(key)
+        self._running.clear()
+        self._driver = self._ledger.enter(self._name, self._executor.name)
 
     def _take_back(self) -> None:
         others = [driver for driver in self._ledger.drivers(self._name) if driver.id != self._driver]
@@ -338,6 +374,8 @@ class Driver:
             trial_json=trial.model_dump_json(indent=1),
         )
         self._running |= {each: _Running(row) for each in keys}
+        for each in keys:
+            self._watchdog.begin(each)
         self._executor.submit(Job(tuple(keys), trial, self._store.trial_folder(self._name, row.number)))
 
     def _stack(self, row: TrialRow, seed: int) -> tuple[int, ...]:
@@ -366,7 +404,10 @@ class Driver:
     def _handle_all(self, events: list[Event]) -> None:
         for event in events:
             if event.key in self._running:
+                self._watchdog.alive(event.key)
                 self._handle(event)
+            if event.key not in self._running:
+                self._watchdog.end(event.key)
         if events and time.monotonic() >= self._next_show:
             self._show()
 
@@ -375,6 +416,9 @@ class Driver:
             case Measured(key, step, metrics, unix_ms):
                 self._running[key].step = step
                 self._put_metrics(key, step, metrics, unix_ms)
+            case Moved(key, step, n_signs, slowest_s):
+                self._running[key].step = step
+                self._watchdog.moved(key, step, n_signs, slowest_s)
             case RungReached(key, step, metrics):
                 self._executor.answer(key, step, go_on=self._goes_on(key, step, metrics))
             case Finished(key, outcome):
@@ -387,9 +431,11 @@ class Driver:
                     self._trial_ended(running.trial, "stopped")
                 else:
                     self._ledger.release(self._name, key, "paused")
-            case Crashed(key, message):
+            case Crashed(key, message, out_of_memory):
                 running = self._running.pop(key)
-                state = self._ledger.release(self._name, key, "crashed", message)
+                how: AttemptEnd = "hung" if running.hung else "out_of_memory" if out_of_memory else "crashed"
+                message = running.hung or message
+                state = self._ledger.release(self._name, key, how, message)
                 last = message.strip().splitlines()[-1]
                 if state is not None:
                     self._view.say(f"trial {key.number}, seed {key.seed}: {last}; {_now(state)}")

@@ -69,7 +69,7 @@ ATTEMPTS = sa.Table(
     sa.Column("seed", sa.Integer, primary_key=True),
     sa.Column("attempt", sa.Integer, primary_key=True),
     sa.Column("driver", sa.String(36), nullable=False),
-    sa.Column("state", sa.String(16), nullable=False),  # running, complete, paused, crashed, hung, lost
+    sa.Column("state", sa.String(16), nullable=False),  # running, complete, paused, crashed, hung, out_of_memory, lost
     sa.Column("step", sa.Integer, nullable=False),  # the progress counter: optimiser steps seen by the driver
     sa.Column("started_at", sa.Float, nullable=False),
     sa.Column("ended_at", sa.Float),
