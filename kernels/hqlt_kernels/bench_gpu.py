@@ -1,15 +1,18 @@
 """The kernels beside what a user would take instead, on one CUDA device: `python -m hqlt_kernels.bench_gpu`.
 
-Prints one table as it goes and writes it to measured/<card>.json: median milliseconds forward and forward with
-backward, peak memory above the inputs, and how near each comes to the bytes that must move and the operations that must
-be done. All implementations of an operator are measured in one run, one after the other, on the same random inputs.
+Prints one table as it goes and writes it to measured/<card>.json: median milliseconds forward, forward with backward,
+and the latter as a CUDA graph; peak memory above the inputs; and how near each comes to the bytes that must move and
+the operations that must be done. All implementations of an operator are measured in one run, one after the other, on
+the same random inputs. Ratios and rates are of the better of the two times.
 Options: `--only WORD` takes the operators whose name contains WORD; `--out FILE`.
 
 A baseline that is not installed, or refuses, is printed with its reason and not written.
 """
 
 import argparse
-import importlib.util
+import contextlib
+import hashlib
+import importlib.metadata
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -20,14 +23,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from hqlt_kernels.bench_baselines import (
+    ROPE_BASE,
+    Elementwise,
+    composed,
+    fla_delta,
+    fla_gated,
+    fla_linear,
+    flash_attention_4,
+    flex_attention,
+    turned,
+    varlen_attention,
+)
 from hqlt_kernels.blend import blend
 from hqlt_kernels.fast_weight import fast_weight
-from hqlt_kernels.rotary import rotate
 from hqlt_kernels.window_attention import window_attention
 
-ROPE_BASE = 10_000.0
 TILE = 64
 # What one H200 reached on large problems (README.md): a copy's bytes, read and written, and a product of 8192^3.
 COPY_TB_PER_S = 4.28
@@ -89,6 +101,7 @@ CASES = (
     Case("window_attention", 8, 4096, 16, 64, 64),
     Case("window_attention", 8, 4096, 8, 128, 128),
     Case("window_attention", 8, 4096, 8, 128, 1024),
+    Case("window_attention", 8, 4096, 8, 128, None),
     Case("blend", 8, 4096, 8, 128, 64),
     Case("blend", 16, 2048, 8, 128, 64),
     Case("blend", 1, 65536, 8, 128, 64),
@@ -111,28 +124,34 @@ def inputs(case: Case) -> dict[str, Tensor]:
 
 def implementations(case: Case) -> Iterator[tuple[str, Implementation]]:
     """Ours first, then the baselines; a baseline imports what it needs when it is called."""
+    w = case.window
+    eager, compiled = Elementwise(compiled=False), Elementwise(compiled=True)
     if case.op == "window_attention":
-        yield (
-            "hqlt",
-            lambda q, k, v: window_attention(q, k, v, window=case.window, rope_base=ROPE_BASE, backend="triton"),
-        )
-        yield "rotary + flash-attn-4", lambda q, k, v: flash_attention_4(case, *turned(q, k), v)
-        yield "rotary + torch varlen_attn", lambda q, k, v: varlen_attention(case, *turned(q, k), v)
-        yield "rotary + FlexAttention", lambda q, k, v: flex_attention(case, *turned(q, k), v)
-        yield "torch varlen_attn, no rotary", lambda q, k, v: varlen_attention(case, q, k, v)
+        yield "hqlt", lambda q, k, v: window_attention(q, k, v, window=w, rope_base=ROPE_BASE, backend="triton")
+        yield "compiled rotary + flash-attn-4", lambda q, k, v: turned(flash_attention_4, compiled)(q, k, v, w)
+        yield "flash-attn-4, no rotary", lambda q, k, v: flash_attention_4(q, k, v, w)
+        yield "torch varlen_attn, no rotary", lambda q, k, v: varlen_attention(q, k, v, w)
+        if case.B == 8:  # seconds to compile for each shape
+            yield "FlexAttention, no rotary", lambda q, k, v: flex_attention(q, k, v, w)
     elif case.op == "blend":
-        yield "hqlt", lambda q, k, v, gate, beta: mixed(case, q, k, v, gate, beta)
-        yield "composed, fla + flash-attn-4", lambda **x: composed(case, flash_attention_4, fla_delta, **x)
-        yield "composed, fla + torch varlen_attn", lambda **x: composed(case, varlen_attention, fla_delta, **x)
-        yield "composed, our delta + varlen_attn", lambda **x: composed(case, varlen_attention, our_delta, **x)
+        yield "hqlt", lambda **x: mixed(case, **x)
+        yield "RoPE + flash-attn-4 + fla, eager mix", composed(flash_attention_4, fla_delta, eager, w)
+        yield "RoPE + flash-attn-4 + fla, compiled mix", composed(flash_attention_4, fla_delta, compiled, w)
+        yield "RoPE + varlen_attn + our delta, eager", composed(varlen_attention, our_fast_weight, eager, w)
     else:
-        yield "hqlt", lambda q, k, v, **rest: fast_weight(q, k, v, feature_map="silu_l2", backend="triton", **rest)[0]
+        yield "hqlt", our_fast_weight
         if case.op == "delta":
-            yield "SiLU + fla chunk_delta_rule", lambda q, k, v, beta: fla_delta(q, k, v, beta)
+            yield "fla chunk_delta_rule, without SiLU", fla_delta
         if case.op == "additive":
-            yield "fla chunk_linear_attn", lambda q, k, v: fla_linear(q, k, v)
+            yield "fla chunk_linear_attn, no feature map", fla_linear
         if case.op == "gated_delta":
-            yield "SiLU + fla chunk_gated_delta_rule", fla_gated
+            yield "fla chunk_gated_delta_rule, without SiLU", fla_gated
+
+
+def our_fast_weight(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None = None, log_decay: Tensor | None = None
+) -> Tensor:
+    return fast_weight(q, k, v, beta=beta, log_decay=log_decay, feature_map="silu_l2", backend="triton")[0]
 
 
 def mixed(case: Case, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, beta: Tensor) -> Tensor:
@@ -142,89 +161,6 @@ def mixed(case: Case, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, beta: Tenso
     )  # fmt: skip
     assert out.mixed is not None
     return out.mixed
-
-
-def composed(
-    case: Case, attend: Callable[..., Tensor], rule: Callable[..., Tensor],
-    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, beta: Tensor,
-) -> Tensor:  # fmt: skip
-    """The synchronous blend from parts, with the mix in eager PyTorch."""
-    return torch.lerp(attend(case, *turned(q, k), v), rule(q, k, v, beta), gate.sigmoid())
-
-
-def turned(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    return rotate(q, ROPE_BASE), rotate(k, ROPE_BASE)
-
-
-def our_delta(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> Tensor:
-    return fast_weight(q, k, v, beta=beta, feature_map="silu_l2", backend="triton")[0]
-
-
-def fla_delta(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> Tensor:
-    from fla.ops.delta_rule import chunk_delta_rule
-
-    q, k = functional.silu(q), functional.silu(k)
-    o: Tensor = chunk_delta_rule(q, k, v, beta.to(q.dtype), use_qk_l2norm_in_kernel=True)[0]
-    return o
-
-
-def fla_gated(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor) -> Tensor:
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
-    q, k = functional.silu(q), functional.silu(k)
-    o: Tensor = chunk_gated_delta_rule(q, k, v, g=log_decay, beta=beta.to(q.dtype), use_qk_l2norm_in_kernel=True)[0]
-    return o
-
-
-def fla_linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    from fla.ops.linear_attn import chunk_linear_attn
-
-    o: Tensor = chunk_linear_attn(q, k, v, normalize=False)[0]
-    return o
-
-
-def flash_attention_4(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    from flash_attn.cute import flash_attn_func
-
-    window = (None, None) if case.window is None else (case.window - 1, 0)
-    out = flash_attn_func(q, k, v, causal=True, window_size=window)
-    o: Tensor = out[0] if isinstance(out, tuple) else out
-    return o
-
-
-def varlen_attention(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """FlashAttention 2 as it is built into torch."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    batch, n_tokens = q.shape[:2]
-    starts = torch.arange(0, (batch + 1) * n_tokens, n_tokens, device=q.device, dtype=torch.int32)
-    window = (-1, 0) if case.window is None else (case.window - 1, 0)
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    out = varlen_attn(q, k, v, starts, starts, n_tokens, n_tokens, window_size=window)
-    assert isinstance(out, Tensor)
-    return out.reshape(batch, n_tokens, *out.shape[1:])
-
-
-def flex_attention(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return compiled_flex(case)(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-
-
-_COMPILED: dict[Case, Callable[..., Tensor]] = {}
-
-
-def compiled_flex(case: Case) -> Callable[..., Tensor]:
-    """FlexAttention compiled for this case, with its block mask; kept, as both take seconds to make."""
-    if case not in _COMPILED:
-        from torch.nn.attention.flex_attention import create_block_mask
-        from torch.nn.attention.flex_attention import flex_attention as flex
-
-        window = case.T if case.window is None else case.window
-        mask = create_block_mask(
-            lambda b, h, query, key: (key <= query) & (query - key < window), None, None, case.T, case.T, device="cuda"
-        )
-        call = torch.compile(flex, dynamic=False)
-        _COMPILED[case] = lambda q, k, v: call(q, k, v, block_mask=mask)
-    return _COMPILED[case]
 
 
 @dataclass(frozen=True)
@@ -241,14 +177,26 @@ class Row:
     dtype: str
     fwd_ms: float
     fwdbwd_ms: float
+    graph_ms: float | None
     peak_mib: float
     card: str
     versions: dict[str, str]
     date: str
 
 
-def measure(run: Implementation, tensors: dict[str, Tensor]) -> tuple[float, float, float]:
-    """Median milliseconds forward and forward with backward, and peak MiB above the inputs, after a warm-up."""
+@dataclass(frozen=True)
+class Measured:
+    """Medians in milliseconds, and MiB above the inputs."""
+
+    fwd_ms: float
+    fwdbwd_ms: float
+    graph_ms: float | None
+    """fwdbwd_ms as a CUDA graph, which no busy Python can hold up; None where it cannot be captured."""
+    peak_mib: float
+
+
+def measure(run: Implementation, tensors: dict[str, Tensor]) -> Measured:
+    """Launched from Python and captured, after a warm-up."""
     from triton.testing import do_bench
 
     def both() -> None:
@@ -266,26 +214,64 @@ def measure(run: Implementation, tensors: dict[str, Tensor]) -> tuple[float, flo
     both()
     torch.cuda.synchronize()
     peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-    forward_ms = do_bench(lambda: run(**tensors), warmup=20, rep=100, return_mode="median")
-    both_ms = do_bench(both, warmup=20, rep=200, return_mode="median")
-    return forward_ms, both_ms, peak
+    forward_ms = do_bench(lambda: run(**tensors), warmup=20, rep=80, return_mode="median")
+    both_ms = do_bench(both, warmup=20, rep=150, return_mode="median")
+    graph = captured(both)
+    graph_ms = None if graph is None else do_bench(graph.replay, warmup=20, rep=150, return_mode="median")
+    return Measured(forward_ms, both_ms, graph_ms, peak)
 
 
-def line(case: Case, name: str, forward_ms: float, both_ms: float, peak: float, ours_ms: float) -> str:
+def captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            run()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    return graph
+
+
+def why_not(reason: Exception) -> str:
+    if isinstance(reason, ModuleNotFoundError):
+        return f"not installed ({reason.name})"
+    return f"refused: {type(reason).__name__}: {str(reason).strip().partition(chr(10))[0][:90]}"
+
+
+def line(case: Case, name: str, m: Measured, ours_ms: float) -> str:
     _, bytes_both, _, flops_both = case.work()
+    ms = best(m)
     bound_ms = max(bytes_both / COPY_TB_PER_S, flops_both / BFLOAT16_TFLOP_PER_S) / 1e9
-    rates = f"{bytes_both / both_ms / 1e9:6.2f} {flops_both / both_ms / 1e9:7.0f} {100 * bound_ms / both_ms:5.0f}%"
-    return f"  {name:38s} {forward_ms:8.3f} {both_ms:8.3f} {both_ms / ours_ms:6.2f}x {peak:8.0f} {rates}"
+    rates = f"{bytes_both / ms / 1e9:6.2f} {flops_both / ms / 1e9:7.0f} {100 * bound_ms / ms:5.0f}%"
+    graph = "" if m.graph_ms is None else f"{m.graph_ms:.3f}"
+    return f"  {name:40s} {m.fwd_ms:8.3f} {m.fwdbwd_ms:8.3f} {graph:>8s} {ms / ours_ms:6.2f}x {m.peak_mib:8.0f} {rates}"
+
+
+def best(m: Measured) -> float:
+    return m.fwdbwd_ms if m.graph_ms is None else min(m.fwdbwd_ms, m.graph_ms)
 
 
 def versions() -> dict[str, str]:
-    import triton
+    """What was measured, and against what; a package that is absent is left out."""
+    found = {}
+    for package in ("torch", "triton", "fla-core", "flash-attn-4", "nvidia-cutlass-dsl"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return {**found, "source": source_version()}
 
-    found = {"torch": torch.__version__, "triton": triton.__version__}
-    for package in ("fla", "flash_attn"):
-        if importlib.util.find_spec(package) is not None:
-            found[package] = str(getattr(importlib.import_module(package), "__version__", "unknown"))
-    return found
+
+def source_version() -> str:
+    """Sixteen hexadecimal digits of this package's source files."""
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -298,8 +284,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     card = torch.cuda.get_device_name()
     fixed: dict[str, Any] = {"card": card, "versions": versions(), "date": datetime.now(UTC).date().isoformat()}
-    print(card, fixed["versions"], fixed["date"], "median ms of forward and of forward with backward, bfloat16")
-    print(f"  {'':38s} {'fwd':>8s} {'fwd+bwd':>8s} {'ratio':>7s} {'peak MiB':>8s} {'TB/s':>6s} {'TFLOP/s':>7s} bound")
+    print(card, fixed["versions"], fixed["date"], "bfloat16, median ms")
+    columns = (
+        f"{'fwd':>8s} {'fwd+bwd':>8s} {'graph':>8s} {'ratio':>7s} {'peak MiB':>8s} {'TB/s':>6s} {'TFLOP/s':>7s} bound"
+    )
+    print(f"  {'':40s} {columns}")
     rows: list[Row] = []
     for case in CASES:
         if options.only not in case.op:
@@ -309,16 +298,15 @@ def main(arguments: list[str] | None = None) -> int:
         ours_ms = float("nan")
         for name, run in implementations(case):
             try:
-                forward_ms, both_ms, peak = measure(run, tensors)
+                measured = measure(run, tensors)
             except Exception as reason:  # a baseline may refuse in any way; ours may not
                 if name == "hqlt":
                     raise
-                print(f"  {name:38s} refused: {type(reason).__name__}: {str(reason).splitlines()[0][:90]}", flush=True)
+                print(f"  {name:40s} {why_not(reason)}", flush=True)
                 continue
-            ours_ms = both_ms if name == "hqlt" else ours_ms
-            print(line(case, name, forward_ms, both_ms, peak, ours_ms), flush=True)
-            rows.append(Row(**asdict(case), implementation=name, dtype="bfloat16", fwd_ms=forward_ms,
-                            fwdbwd_ms=both_ms, peak_mib=peak, **fixed))  # fmt: skip
+            ours_ms = best(measured) if name == "hqlt" else ours_ms
+            print(line(case, name, measured, ours_ms), flush=True)
+            rows.append(Row(**asdict(case), **asdict(measured), implementation=name, dtype="bfloat16", **fixed))
         del tensors
         torch.cuda.empty_cache()
     name = card.lower().replace("nvidia", "").strip().replace(" ", "-")
