@@ -21,6 +21,7 @@ from typing import Any, Literal, assert_never
 import torch
 from hqlt_kernels.backends import Forced
 from hqlt_kernels.blend import BlendState, blend
+from hqlt_kernels.block_parts import add_rms_norm, rms_norm, short_convolution
 from hqlt_kernels.fast_weight import fast_weight
 from hqlt_kernels.rotary import rotate
 from hqlt_kernels.window_attention import window_attention
@@ -32,6 +33,8 @@ from torch.nn import functional
 from hqlt_trainer.precision import at_least_float32
 
 NORM_EPSILON = 1e-5
+ALIGNED = 16
+"""Columns between which the projections of a token begin on a GPU: 32 bytes in bfloat16."""
 ROPE_BASE = 10_000.0
 
 Memory = Literal["kv", "fw"]
@@ -47,6 +50,14 @@ def broadcast_to_rows(parameter: Tensor, own_axes: int, x: Tensor) -> Tensor:
     return parameter.repeat_interleave(len(x) // len(parameter), 0).unsqueeze(1)
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T over the last axis; `weight` [out, in], or [replicas, out, in]."""
+    if weight.dim() == 2:
+        return functional.linear(x, weight)
+    rows = x.reshape(len(weight), -1, x.shape[-1])
+    return torch.bmm(rows, weight.mT).view(*x.shape[:-1], -1)
+
+
 class Linear(nn.Linear):
     """x W^T over the last axis, without a bias."""
 
@@ -54,10 +65,7 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight.dim() == 2:
-            return functional.linear(x, self.weight)
-        rows = x.reshape(len(self.weight), -1, x.shape[-1])
-        return torch.bmm(rows, self.weight.mT).view(*x.shape[:-1], -1)
+        return linear(x, self.weight)
 
 
 class Embedding(nn.Embedding):
@@ -73,18 +81,21 @@ class Embedding(nn.Embedding):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + 1e-5) * weight over the last axis, in the type of the weight; returns the type of `x`."""
+    """x / sqrt(mean(x^2) + 1e-5) * weight over the last axis, in the type of the weight."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = x.to(self.weight.dtype)
-        if self.weight.dim() == 1:
-            return functional.rms_norm(y, self.weight.shape, self.weight, NORM_EPSILON).to(x.dtype)
-        y = functional.rms_norm(y, self.weight.shape[1:], None, NORM_EPSILON)
-        return (y.view(len(self.weight), -1, x.shape[-1]) * self.weight.unsqueeze(1)).view(x.shape).to(x.dtype)
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """With `gate` [..., H D] for x [..., H, D]: times SiLU(gate)."""
+        return rms_norm(x, self.weight, NORM_EPSILON, gate)
+
+    def after_adding(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x + delta, or `x` without one; and the norm of that."""
+        if delta is None:
+            return x, self(x)
+        return add_rms_norm(x, delta, self.weight, NORM_EPSILON)
 
 
 class ShortConvolution(nn.Module):
@@ -94,29 +105,20 @@ class ShortConvolution(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, taps))
 
-    def forward(self, x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """[B, T, channels] and the last taps - 1 inputs before it -> the same shape, and the last taps - 1 inputs now.
+    def forward(
+        self, x: Tensor, before: Tensor | None, widths: tuple[int, int, int], activate: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """[B, T, channels] and the last taps - 1 inputs before it -> q, k and v of these widths, and the last taps - 1
+        inputs now. With `activate`, SiLU of v.
 
-        `before` None is the start of a sequence, and then there is no second value.
+        `before` None is the start of a sequence, and then there is no last value.
         """
-        if self.weight.dim() == 3:
-            assert before is None, "a model that decodes is one replica"
-            parts = zip(x.chunk(len(self.weight)), self.weight, strict=True)
-            return torch.cat([self._filter(part, weight, None)[0] for part, weight in parts]), None
-        return self._filter(x, self.weight, before)
-
-    def _filter(self, x: Tensor, weight: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        pad = weight.shape[1] - 1
-        if before is not None:
-            x = torch.cat([before, x], dim=1)
-        # As an image of height 1 in channels-last order, [B, T, C] needs no copy: 3x faster on a CPU than conv1d.
-        image = x.transpose(1, 2).unsqueeze(2)
-        filters = weight[:, None, None].contiguous(memory_format=torch.channels_last)
-        padding = 0 if before is not None else (0, pad)
-        y = functional.conv2d(image, filters, padding=padding, groups=x.shape[2]).squeeze(2).transpose(1, 2)
         if before is None:
-            return y[:, : x.shape[1]], None
-        return y, x[:, -pad:]
+            return *short_convolution(x, self.weight, widths, activate), None
+        x = torch.cat([before, x], dim=1)
+        n_before = before.shape[1]
+        q, k, v = (part[:, n_before:] for part in short_convolution(x, self.weight, widths, activate))
+        return q, k, v, x[:, x.shape[1] - n_before :]
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,10 @@ def _tensor_bytes(value: object) -> int:
 
 @dataclass(frozen=True)
 class Projected:
-    """What a mixer makes of its input, split by purpose; a field the mixer has no use for is empty (width 0)."""
+    """What a mixer makes of its input, split by purpose; a field the mixer has no use for is empty (width 0).
+
+    Where there are fast weights, v has gone through SiLU.
+    """
 
     q: Tensor
     k: Tensor
@@ -227,12 +232,12 @@ class MixerLayer(nn.Module):
         gate = projected.gate
         if at is not None:
             o, gate = o.flatten(0, 1).index_select(0, at), gate.flatten(0, 1).index_select(0, at)
+        if self.output_gate and o.shape[-1] > self.head_dim:  # in `concat`, whose two halves share the gate
+            gate = torch.cat([self._heads(gate)] * 2, dim=-1).flatten(-2)
         if self.output_norm is not None:
-            o = self.output_norm(o)
-        if self.output_gate:
-            # Wider heads exist only in `concat`, whose two halves share the gate.
-            gate = self._heads(functional.silu(gate))
-            o = o * (gate if o.shape[-1] == self.head_dim else torch.cat([gate, gate], dim=-1))
+            o = self.output_norm(o, gate if self.output_gate else None)
+        elif self.output_gate:
+            o = o * self._heads(functional.silu(gate))
         mixed: Tensor = self.o_proj(o.flatten(-2))
         return mixed, after
 
@@ -241,19 +246,22 @@ class MixerLayer(nn.Module):
         raise NotImplementedError
 
     def _project(self, x: Tensor, state: LayerState | None) -> tuple[Projected, Tensor | None]:
-        rows = self.in_proj(x)
+        # On a GPU rows that begin anywhere slow down whatever reads or writes them.
+        n_unused = -sum(self.widths) % ALIGNED if x.is_cuda else 0
+        weight = functional.pad(self.in_proj.weight, (0, 0, 0, n_unused)) if n_unused else self.in_proj.weight
+        rows = linear(x, weight)
         conv = None
-        if self.short_conv is not None:
+        if self.short_conv is None:
+            q, k, v, beta, decay, mixing, gate, _ = torch.split(rows, [*self.widths, n_unused], dim=-1)
+            if self.rule is not None:
+                v = functional.silu(v)
+        else:
             before = None
             if state is not None:
                 pad = self.short_conv.weight.shape[1] - 1
                 before = state.conv if state.conv is not None else x.new_zeros(len(x), pad, self.qkv_width)
-            qkv, rest = rows.split([self.qkv_width, sum(self.widths) - self.qkv_width], dim=-1)
-            qkv, conv = self.short_conv(qkv, before)
-            q, k, v = qkv.split(self.widths[:3], dim=-1)
-            beta, decay, mixing, gate = rest.split(self.widths[3:], dim=-1)
-        else:
-            q, k, v, beta, decay, mixing, gate = rows.split(self.widths, dim=-1)
+            qkv, beta, decay, mixing, gate, _ = torch.split(rows, [self.qkv_width, *self.widths[3:], n_unused], dim=-1)
+            q, k, v, conv = self.short_conv(qkv, before, self.widths[:3], self.rule is not None)
         return Projected(self._heads(q), self._writes(k), self._writes(v), beta, decay, mixing, gate), conv
 
     def _write_arguments(self, rule: rules.Rule, projected: Projected) -> dict[str, Any]:
@@ -324,7 +332,7 @@ class FastWeightLayer(MixerLayer):
         o, fw = fast_weight(
             q,
             k,
-            functional.silu(projected.v),
+            projected.v,
             feature_map=self.spec.rule.feature_map,
             initial_state=state.fw if state is not None else None,
             backend=self.backend,
@@ -360,7 +368,7 @@ class HybridLayer(MixerLayer):
         out = blend(
             projected.q,
             projected.k,
-            functional.silu(projected.v),
+            projected.v,
             timing=spec.blend.kind,
             window=spec.window,
             delay_beta=isinstance(spec.blend, DelayedStreaming) and spec.blend.delay_beta,

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from hqlt_kernels.backends import Forced
+from hqlt_kernels.block_parts import swiglu
 from hqlt_search_space.arch import Arch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from hqlt_trainer.mixers import Embedding, LayerState, Linear, MixerLayer, RMSNorm, ShortConvolution, build_mixer
 from hqlt_trainer.precision import activation
@@ -27,7 +27,7 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(inner, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        out: Tensor = self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
         return out
 
 
@@ -42,14 +42,18 @@ class Block(nn.Module):
         self.mlp = SwiGLU(d_model, mlp_inner)
 
     def forward(
-        self, x: Tensor, state: LayerState | None = None, at: Tensor | None = None
-    ) -> tuple[Tensor, LayerState | None]:
-        """[B, T, d] -> [B, T, d], or [N, d] at the flat positions `at`, which are all that is computed of the MLP."""
-        mixed, state = self.mixer(self.mixer_norm(x), state, at)
+        self, x: Tensor, delta: Tensor | None, state: LayerState | None = None, at: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, LayerState | None]:
+        """[B, T, d] -> [B, T, d], or [N, d] at the flat positions `at`, which are all that is computed of the MLP.
+
+        Both come in two parts, the stream and what is still to be added to it: the next norm adds as it reads.
+        """
+        x, normed = self.mixer_norm.after_adding(x, delta)
+        mixed, state = self.mixer(normed, state, at)
         if at is not None:
             x = x.flatten(0, 1).index_select(0, at)
-        x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), state
+        x, normed = self.mlp_norm.after_adding(x, mixed)
+        return x, self.mlp(normed), state
 
 
 @dataclass(frozen=True)
@@ -91,22 +95,21 @@ class Model(nn.Module):
 
     def features(self, tokens: Tensor, at: Tensor | None = None) -> Tensor:
         """What the head reads, [B, T, d] or [N, d]: `forward` without the head."""
-        x = activation(self.embedding(tokens))
+        x, delta = activation(self.embedding(tokens)), None
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            x, _ = block(x, None, at if i == last else None)
-        out: Tensor = self.norm(x)
-        return out
+            x, delta, _ = block(x, delta, None, at if i == last else None)
+        return self.norm.after_adding(x, delta)[1]
 
     def step(self, tokens: Tensor, state: ModelState | None = None) -> tuple[Tensor, ModelState]:
         """Logits [B, vocabulary] after one more token each, tokens [B]; `state` is None before the first."""
         layers = state.layers if state is not None else (LayerState(),) * len(self.blocks)
-        x = activation(self.embedding(tokens[:, None]))
+        x, delta = activation(self.embedding(tokens[:, None])), None
         after = []
         for block, layer in zip(self.blocks, layers, strict=True):
-            x, layer_after = block(x, layer)
+            x, delta, layer_after = block(x, delta, layer)
             after.append(layer_after)
-        return self.head(self.norm(x))[:, 0], ModelState(tuple(after))
+        return self.head(self.norm.after_adding(x, delta)[1])[:, 0], ModelState(tuple(after))
 
 
 def build_model(

@@ -1,0 +1,246 @@
+"""The kernels of triton_kernels.py as custom operators with autograd, opaque to `torch.compile`, which sees fakes."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from hqlt_kernels.block_parts import triton_kernels as kernels
+from hqlt_kernels.triton_eager import eager_operator, nobody_looks_on
+
+ELEMENTS = 2048
+"""In a tile: sixteen a thread at four warps."""
+PROGRAMS = 528
+"""That share the rows of a sum, four for each of an H200's multiprocessors; a constant, so that sums are too."""
+
+
+def _narrow(x: Tensor) -> torch.dtype:
+    """The type that a matrix product will read `x` in."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
+def _replicas(parameter: Tensor, own_axes: int) -> int:
+    return 1 if parameter.dim() == own_axes else len(parameter)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., C] as [N, C] with a stride between rows; copied only where that is no view."""
+    rows = x.flatten(0, -2)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def rms_norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, gate: Tensor | None, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """The norm, and x + delta (empty without delta)."""
+    run = eager_norm if nobody_looks_on(x) else norm_forward
+    y, total = run(x.contiguous(), None if delta is None else delta.contiguous(), weight, gate, epsilon, _narrow(x))
+    return y, total
+
+
+def run_norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, gate: Tensor | None, epsilon: float, dtype: torch.dtype
+) -> list[Tensor]:
+    y, total = _fake_norm(x, delta, weight, gate, epsilon, dtype)
+    width, replicas = x.shape[-1], _replicas(weight, 1)
+    per_replica = x.numel() // width // replicas
+    block = triton.next_power_of_2(width)
+    rows = max(1, ELEMENTS // block)
+    gates = None if gate is None else _rows(gate)
+    kernels.norm_kernel[(triton.cdiv(per_replica, rows), replicas)](
+        x, delta, weight, gates, total, y, per_replica, 0 if gates is None else gates.stride(0),
+        EPSILON=epsilon, D=width, H=1 if gates is None else gates.shape[1] // width, ROWS=rows, BLOCK=block,
+        ADD=delta is not None, GATE=gate is not None,
+    )  # fmt: skip
+    return [y, total]
+
+
+def _fake_norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, gate: Tensor | None, epsilon: float, dtype: torch.dtype
+) -> list[Tensor]:
+    return [torch.empty_like(x, dtype=dtype), x.new_empty(0) if delta is None else torch.empty_like(x)]
+
+
+def run_norm_gradient(
+    total: Tensor, weight: Tensor, gate: Tensor | None, dy: Tensor, dtotal: Tensor | None,
+    epsilon: float, delta_dtype: torch.dtype | None,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of x, delta, weight and gate; empty where there is none."""
+    dx, ddelta, dweight, dgate = _fake_norm_gradient(total, weight, gate, dy, dtotal, epsilon, delta_dtype)
+    width, replicas = total.shape[-1], _replicas(weight, 1)
+    per_replica = total.numel() // width // replicas
+    block = triton.next_power_of_2(width)
+    rows = max(1, ELEMENTS // block)
+    programs = min(triton.cdiv(per_replica, rows), max(1, PROGRAMS // replicas))
+    partial = torch.empty(replicas, programs, width, dtype=torch.float32, device=total.device)
+    gates = None if gate is None else _rows(gate)
+    kernels.norm_gradient_kernel[(programs, replicas)](
+        total, weight, gates, dy, dtotal, dx, ddelta, dgate, partial, per_replica,
+        0 if gates is None else gates.stride(0),
+        EPSILON=epsilon, D=width, H=1 if gates is None else gates.shape[1] // width, ROWS=rows, BLOCK=block,
+        ADD=delta_dtype is not None, HAS_DTOTAL=dtotal is not None, GATE=gate is not None,
+    )  # fmt: skip
+    torch.sum(partial, 1, out=dweight.view(replicas, width))
+    return [dx, ddelta, dweight, dgate]
+
+
+def _fake_norm_gradient(
+    total: Tensor, weight: Tensor, gate: Tensor | None, dy: Tensor, dtotal: Tensor | None,
+    epsilon: float, delta_dtype: torch.dtype | None,
+) -> list[Tensor]:  # fmt: skip
+    return [
+        torch.empty_like(total),
+        total.new_empty(0) if delta_dtype is None else torch.empty_like(total, dtype=delta_dtype),
+        torch.empty_like(weight, memory_format=torch.contiguous_format),
+        total.new_empty(0) if gate is None else torch.empty_like(gate, memory_format=torch.contiguous_format),
+    ]
+
+
+def _setup_norm(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
+    x, delta, weight, gate, ctx.epsilon, _ = inputs
+    ctx.save_for_backward(x if delta is None else output[1], weight, gate)
+    ctx.delta_dtype = None if delta is None else delta.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _norm_backward(run: Callable[..., list[Tensor]], ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    total, weight, gate = ctx.saved_tensors
+    dy, dtotal = grads
+    dy = torch.zeros_like(total) if dy is None else dy.contiguous()
+    dtotal = None if dtotal is None or not dtotal.numel() else dtotal.contiguous()
+    dx, ddelta, dweight, dgate = run(total, weight, gate, dy, dtotal, ctx.epsilon, ctx.delta_dtype)
+    return dx, None if ctx.delta_dtype is None else ddelta, dweight, None if gate is None else dgate, None, None
+
+
+norm_forward = torch.library.custom_op("hqlt::rms_norm", run_norm, mutates_args=())
+norm_forward.register_fake(_fake_norm)
+norm_backward = torch.library.custom_op("hqlt::rms_norm_backward", run_norm_gradient, mutates_args=())
+norm_backward.register_fake(_fake_norm_gradient)
+norm_forward.register_autograd(lambda ctx, grads: _norm_backward(norm_backward, ctx, grads), setup_context=_setup_norm)
+eager_norm = eager_operator(run_norm, _setup_norm, lambda ctx, *grads: _norm_backward(run_norm_gradient, ctx, grads), 2)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """SiLU(gate) up."""
+    run = eager_swiglu if nobody_looks_on(gate) else swiglu_forward
+    y: Tensor = run(gate.contiguous(), up.contiguous())[0]
+    return y
+
+
+def run_swiglu(gate: Tensor, up: Tensor) -> list[Tensor]:
+    y = torch.empty_like(gate)
+    n = y.numel()
+    kernels.swiglu_kernel[(triton.cdiv(n, ELEMENTS),)](gate, up, y, n, BLOCK=ELEMENTS)
+    return [y]
+
+
+def run_swiglu_gradient(gate: Tensor, up: Tensor, dy: Tensor) -> list[Tensor]:
+    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+    n = gate.numel()
+    kernels.swiglu_gradient_kernel[(triton.cdiv(n, ELEMENTS),)](gate, up, dy, dgate, dup, n, BLOCK=ELEMENTS)
+    return [dgate, dup]
+
+
+def _setup_swiglu(ctx: Any, inputs: tuple[Tensor, Tensor], output: Sequence[Tensor]) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _swiglu_backward(run: Callable[..., list[Tensor]], ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
+    return tuple(run(*ctx.saved_tensors, grads[0].contiguous()))
+
+
+swiglu_forward = torch.library.custom_op("hqlt::swiglu", run_swiglu, mutates_args=())
+swiglu_forward.register_fake(lambda gate, up: [torch.empty_like(gate)])
+swiglu_backward = torch.library.custom_op("hqlt::swiglu_backward", run_swiglu_gradient, mutates_args=())
+swiglu_backward.register_fake(lambda gate, up, dy: [torch.empty_like(gate), torch.empty_like(up)])
+swiglu_forward.register_autograd(
+    lambda ctx, grads: _swiglu_backward(swiglu_backward, ctx, grads), setup_context=_setup_swiglu
+)
+eager_swiglu = eager_operator(
+    run_swiglu, _setup_swiglu, lambda ctx, *grads: _swiglu_backward(run_swiglu_gradient, ctx, grads), 1
+)
+
+
+CONVOLUTION_BLOCK = 64
+CONVOLUTION_ROWS = 32
+
+
+def short_convolution(
+    x: Tensor, weight: Tensor, widths: tuple[int, int, int], activate: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three parts, each contiguous."""
+    run = eager_convolution if nobody_looks_on(x) else convolution_forward
+    first, second, third = run(x, weight, list(widths), activate)
+    return first, second, third
+
+
+def run_convolution(x: Tensor, weight: Tensor, widths: list[int], activate: bool) -> list[Tensor]:
+    parts = _fake_convolution(x, weight, widths, activate)
+    rows, replicas = _rows(x), _replicas(weight, 2)
+    per_replica = len(rows) // replicas
+    n_blocks = sum(triton.cdiv(width, CONVOLUTION_BLOCK) for width in widths)
+    kernels.convolution_kernel[(triton.cdiv(per_replica, CONVOLUTION_ROWS), n_blocks, replicas)](
+        rows, weight, *parts, x.shape[1], per_replica, rows.stride(0), *widths, weight.shape[-1],
+        ROWS=CONVOLUTION_ROWS, BLOCK=CONVOLUTION_BLOCK, ACTIVATE=activate,
+    )  # fmt: skip
+    return parts
+
+
+def _fake_convolution(x: Tensor, weight: Tensor, widths: list[int], activate: bool) -> list[Tensor]:
+    return [x.new_empty(*x.shape[:-1], width) for width in widths]
+
+
+def run_convolution_gradient(
+    x: Tensor, weight: Tensor, first: Tensor, second: Tensor, third: Tensor, activate: bool
+) -> list[Tensor]:
+    """Gradients of x and weight."""
+    dx, dweight = _fake_convolution_gradient(x, weight, first, second, third, activate)
+    rows, replicas = _rows(x), _replicas(weight, 2)
+    per_replica = len(rows) // replicas
+    widths = [first.shape[-1], second.shape[-1], third.shape[-1]]
+    n_blocks = sum(triton.cdiv(width, CONVOLUTION_BLOCK) for width in widths)
+    programs = min(triton.cdiv(per_replica, CONVOLUTION_ROWS), max(1, 4 * PROGRAMS // (n_blocks * replicas)))
+    taps = weight.shape[-1]
+    partial = torch.empty(replicas, programs, *weight.shape[-2:], dtype=torch.float32, device=x.device)
+    kernels.convolution_gradient_kernel[(programs, n_blocks, replicas)](
+        rows, weight, first, second, third, dx, partial, x.shape[1], per_replica, rows.stride(0), *widths, taps,
+        TAPS_PADDED=triton.next_power_of_2(taps), ROWS=CONVOLUTION_ROWS, BLOCK=CONVOLUTION_BLOCK, ACTIVATE=activate,
+    )  # fmt: skip
+    torch.sum(partial, 1, out=dweight.view(replicas, *weight.shape[-2:]))
+    return [dx, dweight]
+
+
+def _fake_convolution_gradient(
+    x: Tensor, weight: Tensor, first: Tensor, second: Tensor, third: Tensor, activate: bool
+) -> list[Tensor]:
+    contiguous = torch.contiguous_format
+    return [torch.empty_like(x, memory_format=contiguous), torch.empty_like(weight, memory_format=contiguous)]
+
+
+def _setup_convolution(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
+    x, weight, _, ctx.activate = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _convolution_backward(run: Callable[..., list[Tensor]], ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
+    x, weight = ctx.saved_tensors
+    return *run(x, weight, *(g.contiguous() for g in grads), ctx.activate), None, None
+
+
+convolution_forward = torch.library.custom_op("hqlt::short_convolution", run_convolution, mutates_args=())
+convolution_forward.register_fake(_fake_convolution)
+convolution_backward = torch.library.custom_op(
+    "hqlt::short_convolution_backward", run_convolution_gradient, mutates_args=()
+)
+convolution_backward.register_fake(_fake_convolution_gradient)
+convolution_forward.register_autograd(
+    lambda ctx, grads: _convolution_backward(convolution_backward, ctx, grads), setup_context=_setup_convolution
+)
+eager_convolution = eager_operator(
+    run_convolution,
+    _setup_convolution,
+    lambda ctx, *grads: _convolution_backward(run_convolution_gradient, ctx, grads),
+    3,
+)

@@ -1,0 +1,187 @@
+"""Norm, SwiGLU and short convolution: the plain forms are the textbook's, the kernels are the plain forms."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from hqlt_kernels.block_parts import add_rms_norm, operator, rms_norm, short_convolution, swiglu
+from torch import Tensor
+from torch.nn import functional
+from triton_cases import CUDA, DEVICE, assert_as_good_as_torch, pairwise
+
+EPSILON = 1e-5
+DTYPES = [torch.float32, torch.bfloat16 if CUDA else torch.float16]  # the interpreter gets bfloat16 wrong
+Parts = Callable[..., tuple[Tensor, ...]]
+
+
+@pytest.mark.parametrize("taps", [1, 2, 4])
+def test_the_short_convolution_is_a_causal_conv1d(taps: int) -> None:
+    x, weight = torch.randn(2, 7, 12, dtype=torch.float64), torch.randn(12, taps, dtype=torch.float64)
+    expected = functional.conv1d(functional.pad(x.mT, (taps - 1, 0)), weight[:, None], groups=12).mT
+    torch.testing.assert_close(torch.cat(short_convolution(x, weight, (3, 4, 5), False), -1), expected)
+    *_, third = short_convolution(x, weight, (3, 4, 5), True)
+    torch.testing.assert_close(third, functional.silu(expected[..., 7:]))
+
+
+def test_a_stack_is_its_replicas_one_after_the_other() -> None:
+    x, delta, gate = torch.randn(3, 6, 5, 8, dtype=torch.float64).unbind()
+    norms, filters = torch.randn(2, 8, dtype=torch.float64), torch.randn(2, 8, 3, dtype=torch.float64)
+
+    def halves(part: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        return torch.cat([part(*(t[i * len(t) // 2 :][: len(t) // 2] for t in inputs)) for i in range(2)])
+
+    apart = halves(lambda x, gate, w: rms_norm(x, w[0], EPSILON, gate), x, gate, norms)
+    torch.testing.assert_close(rms_norm(x, norms, EPSILON, gate), apart)
+    apart = halves(lambda x, delta, w: add_rms_norm(x, delta, w[0], EPSILON)[1], x, delta, norms)
+    torch.testing.assert_close(add_rms_norm(x, delta, norms, EPSILON)[1], apart)
+    apart = halves(lambda x, w: short_convolution(x, w[0], (2, 2, 4), True)[2], x, filters)
+    torch.testing.assert_close(short_convolution(x, filters, (2, 2, 4), True)[2], apart)
+
+
+def results(part: Parts, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Outputs of `part` and its gradients, each output with a weight of its own at every element."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    outputs = part(*inputs)
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(DEVICE) for y in outputs]
+    sum((y.double() * w).sum() for y, w in zip(outputs, weights, strict=True)).backward()  # type: ignore[union-attr]
+    found = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+    return found | {f"gradient {i}": x.grad for i, x in enumerate(inputs) if x.grad is not None}
+
+
+def check(kernel: Parts, plain: Parts, inputs: Sequence[Tensor]) -> None:
+    """PyTorch at the same precision is given the same numbers in the types it would be given."""
+    truth = results(plain, [x.double() for x in inputs])
+    assert_as_good_as_torch(results(kernel, inputs), results(plain, inputs), truth, factor=2)
+
+
+def random(*shape: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
+
+
+def parameter(replicas: int, *shape: int) -> Tensor:
+    return random(replicas, *shape, dtype=torch.float32)[slice(None) if replicas > 1 else 0]
+
+
+NORMS = list(
+    pairwise(
+        {
+            "width": [8, 48, 128],
+            "heads": [1, 3],
+            "replicas": [1, 3],
+            "rows": [1, 5, 40],
+            "what": ["alone", "added", "gated"],
+            "dtype": DTYPES,
+        }
+    )
+)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("case", NORMS, ids=str)
+def test_the_norms_kernel_is_the_plain_form(case: dict[str, object]) -> None:
+    from hqlt_kernels.block_parts import triton_operator
+
+    width, heads, replicas, rows, what, dtype = case.values()
+    assert isinstance(width, int)
+    assert isinstance(heads, int)
+    assert isinstance(replicas, int)
+    assert isinstance(rows, int)
+    assert isinstance(dtype, torch.dtype)
+    x, weight = random(replicas * rows, heads, width, dtype=dtype), parameter(replicas, width)
+    if what == "added":
+        inputs = [x, random(replicas * rows, heads, width, dtype=DTYPES[1]), weight]
+
+        def kernel(x: Tensor, delta: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+            return triton_operator.rms_norm(x, delta, weight, None, EPSILON)
+
+        def plain(x: Tensor, delta: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+            total = x + delta.to(x.dtype)
+            return operator.rms_norm(total, weight, EPSILON), total
+    else:
+        gates = random(replicas * rows, heads * width + 3, dtype=dtype)
+        inputs = [x, gates, weight]
+
+        def gate(gates: Tensor) -> Tensor | None:
+            return gates[:, 3:] if what == "gated" else None
+
+        def kernel(x: Tensor, gates: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+            return triton_operator.rms_norm(x, None, weight, gate(gates), EPSILON)[:1]
+
+        def plain(x: Tensor, gates: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+            return (operator.rms_norm(x, weight, EPSILON, gate(gates)),)
+
+    check(kernel, plain, inputs)
+
+
+CONVOLUTIONS = list(
+    pairwise(
+        {
+            "taps": [1, 3, 4],
+            "tokens": [1, 2, 39, 70],
+            "widths": [(16, 16, 16), (40, 80, 80), (128, 128, 128)],
+            "replicas": [1, 3],
+            "activate": [False, True],
+            "dtype": DTYPES,
+        }
+    )
+)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_the_convolutions_kernel_is_the_plain_form(case: dict[str, object]) -> None:
+    from hqlt_kernels.block_parts import triton_operator
+
+    taps, tokens, widths, replicas, activate, dtype = case.values()
+    assert isinstance(taps, int)
+    assert isinstance(tokens, int)
+    assert isinstance(widths, tuple)
+    assert isinstance(replicas, int)
+    assert isinstance(dtype, torch.dtype)
+    columns = sum(widths)
+    rows = random(2 * replicas, tokens, columns + 8, dtype=dtype)  # of which the convolution reads the first columns
+
+    def kernel(rows: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        return triton_operator.short_convolution(rows[..., :columns], weight, widths, bool(activate))
+
+    def plain(rows: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        return operator.short_convolution(rows[..., :columns], weight.to(rows.dtype), widths, bool(activate))
+
+    check(kernel, plain, [rows, parameter(replicas, columns, taps)])
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_swiglus_kernel_is_the_plain_form(dtype: torch.dtype) -> None:
+    from hqlt_kernels.block_parts import triton_operator
+
+    def kernel(gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
+        return (triton_operator.swiglu(gate, up),)
+
+    def plain(gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
+        return (operator.swiglu(gate, up),)
+
+    check(kernel, plain, list(random(2, 9, 300, dtype=dtype).unbind()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("replicas", [1, 3])
+def test_the_kernels_give_the_same_bits_every_time_and_compile_into_one_graph(replicas: int) -> None:
+    x = random(96, 39, 400, dtype=torch.bfloat16)
+    norm, filters = parameter(replicas, 128), parameter(replicas, 384, 4)
+
+    def whole(x: Tensor, norm: Tensor, filters: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = short_convolution(x[..., :384], filters, (128, 128, 128), True)
+        total, normed = add_rms_norm(q, k, norm, EPSILON)
+        return total, swiglu(rms_norm(v, norm, EPSILON, normed), normed)
+
+    def run(part: Parts) -> list[Tensor]:
+        return list(results(part, [x, norm, filters]).values())
+
+    first = run(whole)
+    for _ in range(20):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(whole), strict=True))
+    compiled = run(torch.compile(whole, fullgraph=True))
+    assert all(torch.equal(a, b) for a, b in zip(first, compiled, strict=True))
