@@ -7,6 +7,7 @@ import contextlib
 import sqlite3
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import sqlalchemy as sa
 from hqlt_search_space.errors import CheckpointError
@@ -153,6 +154,56 @@ def file_violations(store: Store, name: str) -> Iterator[str]:
     """No file is half written."""
     for path in sorted(store.study_folder(name).rglob("*.tmp")):
         yield f"{path}: half written, left by a crash; it can be removed"
+
+
+def mirror_violations(store: Store, name: str) -> list[str]:
+    """What MLflow lacks of a study, or has twice: trials, their ends, and the points of their curves.
+
+    Not part of `invariants`: MLflow is a mirror that may lag behind, and takes seconds to load.
+    """
+    ledger = store.open_existing()
+    try:
+        return list(_mirror_violations(ledger, store.mlflow_uri, name))
+    finally:
+        ledger.close()
+
+
+def _mirror_violations(ledger: Ledger, uri: str, name: str) -> Iterator[str]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name(name)
+    runs: dict[tuple[str | None, str | None], list[Any]] = {}
+    if experiment is not None:
+        for run in client.search_runs([experiment.experiment_id], max_results=10_000):
+            runs.setdefault((run.data.tags.get("hqlt.phase"), run.data.tags.get("hqlt.trial")), []).append(run)
+    for trial in ledger.trials(name):
+        found = runs.get((trial.phase, str(trial.number)), [])
+        if len(found) != 1:
+            yield f"trial {trial.number}: MLflow has {len(found)} runs of it"
+            continue
+        info = found[0].info
+        if trial.state in FINISHED and info.status not in ("FINISHED", "FAILED"):
+            yield f"trial {trial.number}: {trial.state}, and {info.status} in MLflow"
+        replicas = [replica for replica in ledger.replicas(name, trial.number) if replica.phase == trial.phase]
+        for replica in replicas:
+            suffix = f"/seed-{replica.seed}" if len(replicas) > 1 else ""
+            yield from _curve_violations(client, info.run_id, replica, suffix)
+
+
+def _curve_violations(client: Any, run_id: str, replica: ReplicaRow, suffix: str) -> Iterator[str]:
+    """A step that was taken again after a crash is measured again, at another time: that is no double."""
+    curve = replica.result.curve if replica.result is not None else ()
+    for metric in sorted({metric for point in curve for metric in point.metrics}):
+        points = client.get_metric_history(run_id, metric + suffix)
+        has = {(point.step, point.value) for point in points}
+        lacks = [p.step for p in curve if metric in p.metrics and (p.step, p.metrics[metric]) not in has]
+        if lacks:
+            yield f"{_where(replica)}: MLflow lacks {metric} at steps {lacks}"
+        doubled = Counter((point.step, point.timestamp) for point in points)
+        twice = sorted({step for (step, _), count in doubled.items() if count > 1})
+        if twice:
+            yield f"{_where(replica)}: MLflow has {metric} twice at steps {twice}"
 
 
 def _where(replica: ReplicaRow) -> str:

@@ -1,0 +1,299 @@
+"""`make chaos`: one study, faults at random from a printed seed, and what came of both.
+
+The study runs as a person would run it, by `hqlt study run`, and after every end by `hqlt study resume`. Faults strike
+as a Poisson process until it is complete. Then all invariants must hold, the budget must be met exactly, and since the
+sampler is random and nothing stops early, every trial must be to the bit what it is in an unbroken run.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from faults import FAULTS, Blow, Scene
+from hqlt_orchestration.invariants import invariants, mirror_violations
+from hqlt_orchestration.ledger import Ledger
+from hqlt_orchestration.tables import FINISHED
+from lab import Lab, study_text
+
+NAME = "chaos"
+MEAN_PAUSE_S = 20.0  # between two faults
+HANG_AFTER_S = 20.0  # instead of two minutes: a fault that takes a third of the time of a trial to notice
+LOOK_S = 0.5
+PROBE_STEPS = 300
+UNBROKEN_SHARE = 0.45  # of the time under fire; the rest goes to what is done twice, and to starting again
+MAX_RESTARTS_IN_A_ROW = 5  # commands that end within QUICK_S and hold nothing meanwhile
+QUICK_S = 20.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run, and how roughly."""
+
+    seconds: float
+    seed: int
+    trials: int
+    steps: int
+    parallel: int
+    rows: tuple[int, ...]
+    database: str
+    with_server: bool
+    disk_mib: int | None
+    mean_pause_s: float
+
+    def text(self) -> str:
+        keys = {"resources": {"gpu": 0, "hang_after_s": HANG_AFTER_S}}
+        return study_text(
+            NAME, trials=self.trials, steps=self.steps, parallel=self.parallel, sampler_seed=self.seed, **keys
+        )
+
+
+@dataclass
+class Outcome:
+    """What came of a run: every fault, and every sentence that should not be there."""
+
+    blows: list[Blow]
+    problems: list[str]
+    seconds: float
+    n_commands: int
+    lost: set[tuple[int, int]]
+    doubled: set[tuple[int, int]]
+
+
+def unbroken(plan: Plan, folder: Path) -> tuple[dict[tuple[int, int], Any], float]:
+    """Every trial's result without a fault, and the seconds that it took."""
+    lab = Lab(folder, NAME, plan.text())
+    started = time.monotonic()
+    try:
+        code = lab.run().wait(10 * plan.seconds + 600)
+        assert code == 0, f"the unbroken run ended with {code}; see {folder}"
+        return summary(lab.ledger), time.monotonic() - started
+    finally:
+        lab.close()
+
+
+def summary(ledger: Ledger) -> dict[tuple[int, int], Any]:
+    """(number, seed) -> config, state and result of every replica: what no fault may change."""
+    configs = {row.number: row.config.config_id for row in ledger.trials(NAME)}
+    return {
+        (replica.number, replica.seed): (
+            configs[replica.number],
+            replica.state,
+            replica.result and (replica.result.metrics, replica.result.curve, replica.result.weights_sha256),
+        )
+        for replica in ledger.replicas(NAME)
+    }
+
+
+def under_fire(plan: Plan, folder: Path, expected: dict[tuple[int, int], Any]) -> Outcome:
+    """Run the study with faults until it is complete, and judge it."""
+    lab = Lab(folder, NAME, plan.text(), database=plan.database, disk_mib=plan.disk_mib, with_server=plan.with_server)
+    try:
+        if lab.mlflow is not None:
+            _wait_for(lambda: lab.mlflow is not None and lab.mlflow.answers, 180, "the MLflow server")
+        started = time.monotonic()
+        scene = Scene(lab, random.Random(plan.seed), lab.run())
+        commands = _fire(plan, scene)
+        seconds = time.monotonic() - started
+        problems = _ship_the_rest(scene) + [f"{row}" for row in lab.orphans()]
+        problems += [f"{blow.what}: not recovered" for blow in scene.blows if blow.recovered_s is None]
+        problems += invariants(lab.store, NAME) + mirror_violations(lab.store, NAME)
+        n_done = lab.ledger.counts(NAME)["complete"]
+        if n_done != plan.trials:
+            problems.append(f"{n_done} trials are complete, of a budget of {plan.trials}")
+        found = summary(lab.ledger)
+        lost = {key for key in expected if key not in found or found[key][1] != "complete"}
+        wins = [(a.number, a.seed) for a in lab.ledger.attempts(NAME) if a.state == "complete"]
+        doubled = {key for key in wins if wins.count(key) > 1} | (set(found) - set(expected))
+        for key in sorted(expected.keys() & found.keys()):
+            if found[key] != expected[key]:
+                problems.append(f"trial {key[0]}, seed {key[1]}: differs from the unbroken run")
+        return Outcome(scene.blows, problems, seconds, commands, lost, doubled)
+    finally:
+        lab.close()
+
+
+def _fire(plan: Plan, scene: Scene) -> int:
+    """Strike, lift and resume until the study is complete. Returns how many commands it took."""
+    started = time.monotonic()
+    next_blow = started + scene.random.expovariate(1 / plan.mean_pause_s)
+    deadline = started + 3 * plan.seconds + 600
+    commands, quick_ends, began = 1, 0, started
+    while True:
+        now = time.monotonic()
+        if now > deadline:
+            raise TimeoutError(f"not complete after {now - started:.0f} s: {scene.lab.ledger.counts(NAME)}")
+        _lift(scene, now)
+        _note_recoveries(scene)
+        if scene.driver.has_ended and not _is_broken(scene):
+            if scene.driver.wait(0) == 0 and _is_complete(scene):
+                break
+            quick_ends = quick_ends + 1 if now - began < QUICK_S else 0
+            if quick_ends > MAX_RESTARTS_IN_A_ROW:
+                raise RuntimeError(f"the study does not go on; its last command said:\n{scene.driver.said[-3000:]}")
+            scene.driver, began = scene.lab.resume(), now
+            commands += 1
+        if now >= next_blow and not scene.driver.has_ended and now - started < 1.5 * plan.seconds:
+            _strike(plan, scene, now - started)
+            next_blow = time.monotonic() + scene.random.expovariate(1 / plan.mean_pause_s)
+        time.sleep(LOOK_S)
+    _finish(scene)
+    return commands
+
+
+def _strike(plan: Plan, scene: Scene, at_s: float) -> None:
+    for row in scene.random.sample(plan.rows, len(plan.rows)):
+        blow = FAULTS[row][1](scene)
+        if blow is not None:
+            scene.blows.append(blow)
+            print(f"{at_s:6.0f} s  row {row:2d}  {blow.what}", flush=True)
+            return
+
+
+def _lift(scene: Scene, now: float) -> None:
+    for blow in scene.blows:
+        if blow.lift is not None and now - blow.struck_at >= blow.lasts_s:
+            blow.lift()
+            blow.lift = None
+
+
+def _is_broken(scene: Scene) -> bool:
+    """Whether a person would see that the disk is full or the database down, and mend that first."""
+    return any(blow.lift is not None and blow.row in (5, 7) for blow in scene.blows)
+
+
+def _is_complete(scene: Scene) -> bool:
+    return scene.lab.ledger.study(NAME).state == "complete"
+
+
+def _note_recoveries(scene: Scene) -> None:
+    waiting = [blow for blow in scene.blows if blow.recovered_s is None and blow.lift is None]
+    if not waiting:
+        return
+    try:
+        ended = {(r.number, r.seed) for r in scene.lab.ledger.replicas(NAME) if r.state in FINISHED}
+    except Exception:  # noqa: BLE001  the database is down or locked, which is what this is about
+        return
+    for blow in waiting:
+        if (
+            all((key.number, key.seed) in ended or scene.lab.has_begun_after(key) for key in blow.hit)
+            and blow.is_over()
+        ):
+            blow.recovered_s = time.monotonic() - blow.struck_at
+
+
+def _finish(scene: Scene) -> None:
+    """End what the last faults have left, and let the guest see that the study is complete."""
+    for blow in scene.blows:
+        if blow.lift is not None:
+            blow.lift()
+            blow.lift = None
+    if scene.guest is not None:
+        scene.guest.wait(120)
+    _note_recoveries(scene)
+
+
+def _ship_the_rest(scene: Scene) -> list[str]:
+    """What a server that was down has missed is shipped by the next command."""
+    server = scene.lab.mlflow
+    if server is not None:
+        _wait_for(lambda: server.answers, 180, "the MLflow server")
+    code = scene.lab.resume().wait(300)
+    _note_recoveries(scene)
+    return [] if code == 0 else [f"resuming the complete study ended with {code}"]
+
+
+def _wait_for(condition: Any, timeout_s: float, what: str) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {timeout_s:.0f} s for {what}")
+        time.sleep(0.5)
+
+
+def table(outcome: Outcome) -> str:
+    """A line for each row of the fault matrix, and one for all."""
+    head = "| row | fault | injected | attempts hit | recovered | lost | doubled | median s | max s |"
+    lines = [head, "|" + "---|" * 9]
+    for row, (name, _) in FAULTS.items():
+        blows = [blow for blow in outcome.blows if blow.row == row]
+        if blows:
+            lines.append(_line(str(row), name, blows, outcome))
+    lines.append(_line("", "all", outcome.blows, outcome))
+    return "\n".join(lines)
+
+
+def _line(row: str, name: str, blows: Sequence[Blow], outcome: Outcome) -> str:
+    hit = [(key.number, key.seed) for blow in blows for key in blow.hit]
+    times = [blow.recovered_s for blow in blows if blow.recovered_s is not None]
+    spent = (f"{median(times):.1f}", f"{max(times):.1f}") if times else ("-", "-")
+    lost, doubled = len(outcome.lost & set(hit)), len(outcome.doubled & set(hit))
+    cells = [row, name, len(blows), len(hit), len(times), lost, doubled, *spent]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=1800, help="how long the study should last under fire")
+    parser.add_argument("--seed", type=int, default=None, help="of the study and of the faults")
+    parser.add_argument("--trials", type=int, default=40)
+    parser.add_argument("--parallel", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=None, help="a trial's; measured so that the time is filled")
+    parser.add_argument("--pause", type=float, default=MEAN_PAUSE_S, help="mean seconds between two faults")
+    parser.add_argument("--rows", type=int, nargs="*", default=list(FAULTS), help="of the fault matrix")
+    parser.add_argument("--database", choices=("sqlite", "postgresql"), default=None, help="what is installed")
+    parser.add_argument("--no-server", action="store_true", help="MLflow's own SQLite file, not its server")
+    parser.add_argument("--keep", action="store_true", help="leave the folder, for a look at what happened")
+    options = parser.parse_args()
+    seed = random.randrange(10**6) if options.seed is None else options.seed
+    is_root = os.getuid() == 0
+    postgres = shutil.which("initdb") is not None or any(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    folder = Path(tempfile.mkdtemp(prefix="hqlt-chaos-"))
+    print(f"seed {seed}, folder {folder}, {os.cpu_count()} cores", flush=True)
+    if not is_root:
+        print("row 5 is left out: only root can mount a disk to fill")
+    plan = Plan(
+        seconds=options.seconds,
+        seed=seed,
+        trials=options.trials,
+        steps=PROBE_STEPS,
+        parallel=options.parallel,
+        rows=tuple(row for row in options.rows if is_root or row != 5),
+        database=options.database or ("postgresql" if postgres else "sqlite"),
+        with_server=not options.no_server,
+        disk_mib=256 if is_root else None,
+        mean_pause_s=options.pause,
+    )
+    plan = replace(plan, steps=options.steps or measured_steps(plan, folder / "probe"))
+    expected, seconds = unbroken(plan, folder / "unbroken")
+    print(f"unbroken: {plan.trials} trials of {plan.steps} steps in {seconds:.0f} s", flush=True)
+    outcome = under_fire(plan, folder / "broken", expected)
+    print(f"under fire: {outcome.seconds:.0f} s and {outcome.n_commands} commands\n\n{table(outcome)}\n")
+    print("\n".join(outcome.problems) or "every invariant holds, and every trial is as in the unbroken run")
+    if not options.keep and not outcome.problems:
+        shutil.rmtree(folder)
+    return int(bool(outcome.problems))
+
+
+def measured_steps(plan: Plan, folder: Path) -> int:
+    """How many steps make the unbroken run take its share of the time, from a look at as many trials as run at once."""
+    lab = Lab(folder, NAME, replace(plan, trials=plan.parallel).text())
+    try:
+        assert lab.run().wait(600) == 0
+        took = [a.ended_at - a.started_at for a in lab.ledger.attempts(NAME) if a.ended_at is not None]
+    finally:
+        lab.close()
+    rounds = plan.trials / plan.parallel
+    return max(PROBE_STEPS, round(UNBROKEN_SHARE * plan.seconds / rounds / (median(took) / PROBE_STEPS)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,252 @@
+"""The faults that `make chaos` draws from. Each strikes a study that runs and says whom it hit."""
+
+import contextlib
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import psutil
+from hqlt_orchestration.executor import AttemptKey
+from hqlt_orchestration.tracking import unshipped_bytes
+from lab import Command, Held, Lab, locked
+
+WRITE_WATCH_S = 33.0  # a trial saves every 30 s
+STRAGGLER_BYTES = 4096  # a spool that is written to all the time is seldom empty
+
+
+@dataclass
+class Blow:
+    """One fault that struck."""
+
+    row: int
+    what: str
+    hit: tuple[AttemptKey, ...] = ()
+    """The attempts that it ends; it is over when each of them has a successor that trains, or its trial a result."""
+    lift: Callable[[], None] | None = None
+    """Ends the fault itself, `lasts_s` after it struck."""
+    lasts_s: float = 0.0
+    is_over: Callable[[], bool] = lambda: True
+    """What else must be true before it is over."""
+    struck_at: float = field(default_factory=time.monotonic)
+    recovered_s: float | None = None
+
+
+@dataclass
+class Scene:
+    """A study that runs, and what strikes it."""
+
+    lab: Lab
+    random: random.Random
+    driver: Command
+    guest: Command | None = None
+    blows: list[Blow] = field(default_factory=list)
+    struck: set[tuple[int, int]] = field(default_factory=set)
+    """Trials and seeds whose process was killed. A second time, and the study would rightly call them poison."""
+
+    def of(self, command: Command) -> list[Held]:
+        return [held for held in self.lab.held() if held.driver_pid == command.process.pid]
+
+    def victim(self) -> tuple[AttemptKey, psutil.Process] | None:
+        """A trial in training that may be killed, and its process."""
+        able = [held.key for held in self.lab.held() if held.crashes == 0 and _replica(held.key) not in self.struck]
+        self.random.shuffle(able)
+        for key in able:
+            process = self.lab.worker_of(key)
+            if process is not None:
+                return key, process
+        return None
+
+    def spend(self, keys: Iterable[AttemptKey]) -> None:
+        self.struck |= {_replica(key) for key in keys}
+
+
+def kill_worker(scene: Scene) -> Blow | None:
+    found = scene.victim()
+    if found is None:
+        return None
+    key, process = found
+    scene.spend([key])
+    process.send_signal(signal.SIGKILL)
+    return Blow(1, f"SIGKILL the worker of trial {key.number}", (key,))
+
+
+def kill_worker_while_it_writes(scene: Scene) -> Blow | None:
+    """Waits for a checkpoint to appear under its temporary name."""
+    found = scene.victim()
+    if found is None:
+        return None
+    key, process = found
+    folder = scene.lab.seed_folder(key) / "checkpoints"
+    deadline = time.monotonic() + WRITE_WATCH_S
+    while time.monotonic() < deadline and process.is_running() and not scene.driver.has_ended:
+        for _ in range(500):
+            with contextlib.suppress(FileNotFoundError):
+                if any(name.endswith(".tmp") for name in os.listdir(folder)):  # noqa: PTH208  the fastest there is
+                    return _kill_writing(scene, key, process)
+            time.sleep(0.0004)
+    return None
+
+
+def _kill_writing(scene: Scene, key: AttemptKey, process: psutil.Process) -> Blow | None:
+    try:
+        process.send_signal(signal.SIGKILL)
+    except psutil.Error:  # it was another's work
+        return None
+    scene.spend([key])
+    process.wait(10)
+    folder = scene.lab.seed_folder(key) / "checkpoints"
+    inside = any(path.suffix == ".tmp" for path in folder.iterdir())
+    moment = "inside" if inside else "just after"
+    return Blow(2, f"SIGKILL the worker of trial {key.number} {moment} the writing of a checkpoint", (key,))
+
+
+def kill_driver(scene: Scene) -> Blow | None:
+    hit = [held.key for held in scene.of(scene.driver)]
+    if not hit:
+        return None
+    scene.driver.kill()
+    return Blow(3, f"SIGKILL the driver of {_numbers(hit)}", tuple(hit))
+
+
+def kill_raylet(scene: Scene) -> Blow | None:
+    """The node goes, and with it all its workers."""
+    held = scene.of(scene.driver)
+    raylet = scene.lab.raylet_of(scene.driver)
+    if not held or raylet is None or any(_replica(one.key) in scene.struck or one.crashes for one in held):
+        return None
+    hit = [one.key for one in held]
+    scene.spend(hit)
+    raylet.send_signal(signal.SIGKILL)
+    return Blow(4, f"SIGKILL the raylet of {_numbers(hit)}", tuple(hit))
+
+
+def fill_disk(scene: Scene) -> Blow | None:
+    disk = scene.lab.disk
+    if disk is None:
+        return None
+    hit = tuple(held.key for held in scene.lab.held())
+    disk.fill()
+    seconds = scene.random.uniform(5, 25)
+    # Whoever has nothing to write meanwhile is not hit.
+    return Blow(5, f"fill the disk for {seconds:.0f} s ({_numbers(hit)} run)", lift=disk.free, lasts_s=seconds)
+
+
+def kill_mlflow(scene: Scene) -> Blow | None:
+    """The server where there is one, else the process that ships."""
+    server = scene.lab.mlflow
+    spool = scene.lab.store.spool_folder(scene.lab.name)
+
+    def all_shipped() -> bool:
+        return (server is None or server.answers) and unshipped_bytes(spool) < STRAGGLER_BYTES
+
+    if server is not None:
+        server.kill()
+        seconds = scene.random.choice((0.0, 20.0, 60.0))
+        return Blow(6, f"SIGKILL MLflow for {seconds:.0f} s", (), server.start, seconds, all_shipped)
+    for process in scene.lab.processes():
+        with contextlib.suppress(psutil.Error):
+            if "hqlt_orchestration.tracking" in process.cmdline():
+                process.kill()
+                return Blow(6, "SIGKILL the process that ships to MLflow", is_over=all_shipped)
+    return None
+
+
+def crash_database(scene: Scene) -> Blow | None:
+    """PostgreSQL loses every process; another program locks SQLite's file."""
+    lab = scene.lab
+    if lab.postgres is not None:
+        seconds = scene.random.choice((0.0, 5.0, 20.0))
+        lab.postgres.crash()
+        struck = time.time()
+        return Blow(
+            7,
+            f"crash PostgreSQL for {seconds:.0f} s",
+            lift=lab.postgres.start,
+            lasts_s=seconds,
+            is_over=lambda: _beats_since(lab, struck),
+        )
+    seconds = scene.random.uniform(2, 15)
+    held = contextlib.ExitStack()
+    held.enter_context(locked(lab.store.data / "hqlt.db"))
+    struck = time.time()
+    return Blow(
+        7,
+        f"lock the database for {seconds:.0f} s",
+        lift=held.close,
+        lasts_s=seconds,
+        is_over=lambda: _beats_since(lab, struck + seconds),
+    )
+
+
+def _beats_since(lab: Lab, unix_s: float) -> bool:
+    return any(beat > unix_s for beat in lab.beats())
+
+
+def start_second_driver(scene: Scene) -> Blow | None:
+    """It joins, and after a while is killed or asked to go."""
+    if scene.guest is not None and not scene.guest.has_ended:
+        return None
+    guest = scene.guest = scene.lab.resume()
+    kills = scene.random.random() < 0.5
+    seconds = scene.random.uniform(20, 45)
+
+    how = "SIGKILL" if kills else "SIGTERM"
+    blow = Blow(11, f"a second driver for {seconds:.0f} s, ended by {how}", lasts_s=seconds)
+
+    def end() -> None:
+        blow.hit = tuple(held.key for held in scene.of(guest))
+        guest.kill() if kills else guest.terminate()
+
+    blow.lift, blow.is_over = end, lambda: guest.has_ended
+    return blow
+
+
+def interrupt_driver(scene: Scene) -> Blow | None:
+    """SIGTERM, Ctrl-C, or Ctrl-C twice."""
+    hit = tuple(held.key for held in scene.of(scene.driver))
+    if not hit:
+        return None
+    how = scene.random.choice(("SIGTERM", "Ctrl-C", "Ctrl-C twice"))
+    if how == "SIGTERM":
+        scene.driver.terminate()
+    else:
+        scene.driver.press_ctrl_c()
+    if how == "Ctrl-C twice":
+        time.sleep(0.5)
+        scene.driver.press_ctrl_c()
+    return Blow(19, f"{how} for the driver of {_numbers(hit)}", hit)
+
+
+def stop_worker(scene: Scene) -> Blow | None:
+    found = scene.victim()
+    if found is None:
+        return None
+    key, process = found
+    scene.spend([key])
+    process.send_signal(signal.SIGSTOP)
+    return Blow(20, f"SIGSTOP the worker of trial {key.number}", (key,))
+
+
+FAULTS: dict[int, tuple[str, Callable[[Scene], Blow | None]]] = {
+    1: ("SIGKILL a worker", kill_worker),
+    2: ("SIGKILL a worker that writes a checkpoint", kill_worker_while_it_writes),
+    3: ("SIGKILL the driver", kill_driver),
+    4: ("SIGKILL the raylet, and so the node", kill_raylet),
+    5: ("fill the disk", fill_disk),
+    6: ("SIGKILL MLflow", kill_mlflow),
+    7: ("crash or lock the database", crash_database),
+    11: ("a second driver comes and goes", start_second_driver),
+    19: ("SIGTERM, Ctrl-C, Ctrl-C twice", interrupt_driver),
+    20: ("SIGSTOP a worker", stop_worker),
+}
+
+
+def _replica(key: AttemptKey) -> tuple[int, int]:
+    return key.number, key.seed
+
+
+def _numbers(keys: Iterable[AttemptKey]) -> str:
+    return "trials " + ", ".join(str(key.number) for key in sorted(keys))
