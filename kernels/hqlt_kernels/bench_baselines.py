@@ -11,58 +11,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hqlt_kernels.backends import Library
+from hqlt_kernels.window_attention.libraries import ATTEND
+
 ROPE_BASE = 10_000.0
 
 Attention = Callable[[Tensor, Tensor, Tensor, int | None], Tensor]
 """q, k, v [B, T, H, D] and the window -> [B, T, H, D]; causal, no rotary embedding."""
 
 
-def flash_attention_4(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """flash-attn-4, in CuTe DSL."""
-    from flash_attn.cute import flash_attn_func
-
-    sides = (None, None) if window is None else (window - 1, 0)
-    out = flash_attn_func(q, k, v, causal=True, window_size=sides)
-    o: Tensor = out[0] if isinstance(out, tuple) else out
-    return o
-
-
-def varlen_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """FlashAttention 2 as it is built into torch."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    batch, n_tokens = q.shape[:2]
-    starts = torch.arange(0, (batch + 1) * n_tokens, n_tokens, device=q.device, dtype=torch.int32)
-    sides = (-1, 0) if window is None else (window - 1, 0)
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    out = varlen_attn(q, k, v, starts, starts, n_tokens, n_tokens, window_size=sides)
-    assert isinstance(out, Tensor)
-    return out.reshape(batch, n_tokens, *out.shape[1:])
-
-
-def flex_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """FlexAttention, compiled for the shape."""
-    compiled = _compiled_flex(q.shape[1], q.shape[1] if window is None else window)
-    return compiled(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-
-
-@lru_cache
-def _compiled_flex(n_tokens: int, window: int) -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import create_block_mask
-    from torch.nn.attention.flex_attention import flex_attention as flex
-
-    def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (query - key < window)
-
-    mask = create_block_mask(visible, None, None, n_tokens, n_tokens, device="cuda")
-    compiled = torch.compile(flex, dynamic=False)
-
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        o = compiled(q, k, v, block_mask=mask)
-        assert isinstance(o, Tensor)
-        return o
-
-    return run
+def attention(library: Library) -> Attention:
+    """The attention of another package, at our scale."""
+    attend = ATTEND[library]
+    return lambda q, k, v, window: attend(q, k, v, window, q.shape[-1] ** -0.5)
 
 
 def fla_delta(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> Tensor:

@@ -27,14 +27,12 @@ from torch import Tensor
 from hqlt_kernels.bench_baselines import (
     ROPE_BASE,
     Elementwise,
+    attention,
     composed,
     fla_delta,
     fla_gated,
     fla_linear,
-    flash_attention_4,
-    flex_attention,
     turned,
-    varlen_attention,
 )
 from hqlt_kernels.blend import blend
 from hqlt_kernels.fast_weight import fast_weight
@@ -126,18 +124,19 @@ def implementations(case: Case) -> Iterator[tuple[str, Implementation]]:
     """Ours first, then the baselines; a baseline imports what it needs when it is called."""
     w = case.window
     eager, compiled = Elementwise(compiled=False), Elementwise(compiled=True)
+    flash_attn_4, torch_flash = attention("flash_attn_4"), attention("torch_flash")
     if case.op == "window_attention":
         yield "hqlt", lambda q, k, v: window_attention(q, k, v, window=w, rope_base=ROPE_BASE, backend="triton")
-        yield "compiled rotary + flash-attn-4", lambda q, k, v: turned(flash_attention_4, compiled)(q, k, v, w)
-        yield "flash-attn-4, no rotary", lambda q, k, v: flash_attention_4(q, k, v, w)
-        yield "torch varlen_attn, no rotary", lambda q, k, v: varlen_attention(q, k, v, w)
+        yield "compiled rotary + flash-attn-4", lambda q, k, v: turned(flash_attn_4, compiled)(q, k, v, w)
+        yield "flash-attn-4, no rotary", lambda q, k, v: flash_attn_4(q, k, v, w)
+        yield "torch flash, no rotary", lambda q, k, v: torch_flash(q, k, v, w)
         if case.B == 8:  # seconds to compile for each shape
-            yield "FlexAttention, no rotary", lambda q, k, v: flex_attention(q, k, v, w)
+            yield "FlexAttention, no rotary", lambda q, k, v: attention("flex_attention")(q, k, v, w)
     elif case.op == "blend":
         yield "hqlt", lambda **x: mixed(case, **x)
-        yield "RoPE + flash-attn-4 + fla, eager mix", composed(flash_attention_4, fla_delta, eager, w)
-        yield "RoPE + flash-attn-4 + fla, compiled mix", composed(flash_attention_4, fla_delta, compiled, w)
-        yield "RoPE + varlen_attn + our delta, eager", composed(varlen_attention, our_fast_weight, eager, w)
+        yield "RoPE + flash-attn-4 + fla, eager mix", composed(flash_attn_4, fla_delta, eager, w)
+        yield "RoPE + flash-attn-4 + fla, compiled mix", composed(flash_attn_4, fla_delta, compiled, w)
+        yield "RoPE + torch flash + our delta, eager mix", composed(torch_flash, our_fast_weight, eager, w)
     else:
         yield "hqlt", our_fast_weight
         if case.op == "delta":

@@ -1,11 +1,16 @@
 """The public function: arguments are checked, positions are rotated in, a backend is chosen."""
 
+from collections.abc import Collection
+
+import torch
 from torch import Tensor
 
-from hqlt_kernels.backends import Forced, choose_backend
+from hqlt_kernels.backends import LIBRARIES, BackendUnavailableError, Forced, Library, choose_backend, keys_seen
 from hqlt_kernels.packed import Packed
 from hqlt_kernels.rotary import rotate
+from hqlt_kernels.triton_eager import nobody_looks_on
 from hqlt_kernels.window_attention import chunked, definition
+from hqlt_kernels.window_attention.libraries import ATTEND
 
 
 def window_attention(
@@ -65,9 +70,11 @@ def window_attention(
     chosen = choose_backend(
         "window_attention",
         device=q.device,
-        dtype=q.dtype,
+        dtype=_dtype(q, k, v),
         head_dim=q.shape[-1],
         value_dim=v.shape[-1],
+        keys=keys_seen(window, n_keys),
+        libraries=_libraries(q, n_keys, window, chunk_aligned),
         forced=backend,
     ).backend
     if chosen == "triton":
@@ -83,11 +90,46 @@ def window_attention(
             position=position,
             scale=scale,
         )
+    out_dtype = v.dtype
+    if chosen in LIBRARIES:
+        if chunk_aligned:
+            raise BackendUnavailableError(f"the {chosen} backend has no chunk-aligned windows; use 'auto' or 'chunked'")
+        q, k, v = (x.to(_dtype(q, k, v)) for x in (q, k, v))
     if rope_base is not None:
-        q = rotate(q, rope_base, position + k.shape[1] - n_queries)
-        k = rotate(k, rope_base, position)
+        q = turned(q, rope_base, position + k.shape[1] - n_queries)
+        k = turned(k, rope_base, position)
+    if chosen in LIBRARIES:
+        return ATTEND[chosen](q, k, v, window, scale).to(out_dtype)
     attend = chunked.window_attention if chosen == "chunked" else definition.window_attention
     return attend(q, k, v, window=window, chunk_aligned=chunk_aligned, position=position, scale=scale)
+
+
+def turned(x: Tensor, rope_base: float, position: int) -> Tensor:
+    """`rotate`, by the Triton kernel where that can run."""
+    width = x.shape[-1]
+    choice = choose_backend("window_attention", device=x.device, dtype=x.dtype, head_dim=width, libraries=())
+    if choice.backend != "triton":
+        return rotate(x, rope_base, position)
+    from hqlt_kernels.window_attention import triton_operator
+
+    y: Tensor = triton_operator.turn(x.contiguous(), rope_base, position, False)
+    return y
+
+
+def _dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
+    """The dtype in which a GPU's kernels compute."""
+    if torch.is_autocast_enabled(q.device.type):
+        return torch.get_autocast_dtype(q.device.type)
+    return torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+
+
+def _libraries(q: Tensor, n_keys: int, window: int | None, chunk_aligned: bool) -> Collection[Library]:
+    """Those that can do what is asked: causal attention of whole sequences, some of it in plain eager PyTorch only."""
+    if chunk_aligned or q.shape[1] != n_keys:
+        return ()
+    if nobody_looks_on(q):
+        return LIBRARIES
+    return {"torch_flash"} if keys_seen(window, n_keys) is None else ()
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, chunk_aligned: bool) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from hqlt_kernels.triton_eager import eager_operator, nobody_looks_on
 from hqlt_kernels.triton_replicas import fold_replicas
@@ -35,20 +34,12 @@ def window_attention(
     """The attention of `definition.window_attention`, with rotary embedding inside.
 
     Dots take operands in the dtype of the inputs and add in float32; float32 inputs are multiplied in three tf32 parts.
-    16-bit inputs whose queries see all keys before them go through PyTorch's flash attention: 64 is no tile for that.
     """
     out_dtype = v.dtype
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
-    n_queries, n_keys = q.shape[1], k.shape[1]
-    sees_all = not chunk_aligned and span(window, n_keys, chunk_aligned) == n_keys
-    if sees_all and n_queries == n_keys > LARGEST_REACH and dtype != torch.float32:
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        if rope_base is not None:
-            q, k = turn(q.contiguous(), rope_base, position, False), turn(k.contiguous(), rope_base, position, False)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2).to(out_dtype)
+    n_keys = k.shape[1]
     forward = eager_forward if nobody_looks_on(q) else window_forward
     o: Tensor = forward(
         q.to(dtype).contiguous(),
