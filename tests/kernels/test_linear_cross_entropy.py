@@ -75,10 +75,10 @@ def test_a_logit_that_is_not_finite_makes_the_loss_not_finite(bad):
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 def test_a_language_models_loss_keeps_no_logits():
-    x, weight, targets = problem(1, 8192, 32_000, torch.bfloat16, width=256)
+    x, weight, targets = problem(1, 32_768, 32_000, torch.bfloat16, width=256)
     x.requires_grad_()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     linear_cross_entropy(x, weight.requires_grad_(), targets).sum().backward()
     peak = torch.cuda.max_memory_allocated() - before
-    assert peak < 8192 * 32_000 * 2, f"{peak / 2**20:.0f} MiB above the inputs"
+    assert peak < 32_768 * 32_000 * 2 / 3, f"{peak / 2**20:.0f} MiB above the inputs"

@@ -64,3 +64,41 @@ def test_borders_that_are_none_are_refused():
         fast_weight(x, x, x, cu_seqlens=torch.tensor([4]))
     with pytest.raises(ValueError, match="batch of 1"):
         window_attention(*(x.expand(2, -1, -1, -1) for _ in range(3)), window=2, cu_seqlens=BORDERS)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.*deterministic")
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rule", ["additive", "delta", "gated_delta"])
+def test_packed_sequences_on_this_card_are_those_of_each_alone(rule, dtype):
+    torch.manual_seed(0)
+    lengths = [130, 1, 64, 63, 65, 0, 200]
+    borders = torch.tensor([0, *lengths]).cumsum(0).cuda()
+    total = sum(lengths)
+    q, k, v = (torch.randn(1, total, 2, 64, device="cuda", dtype=dtype).requires_grad_() for _ in range(3))
+    beta = 2 * torch.rand(1, total, 2, device="cuda") if "delta" in rule else None
+    log_decay = -torch.rand(1, total, 2, device="cuda") if rule == "gated_delta" else None
+    state = torch.randn(len(lengths), 2, 64, 64, device="cuda")
+
+    def loss(o, final, attended):
+        return o.float().square().sum() + final.square().sum() + attended.float().square().sum()
+
+    options = {"feature_map": "silu_l2"}
+    o, final = fast_weight(q, k, v, beta=beta, log_decay=log_decay, initial_state=state, cu_seqlens=borders, **options)
+    attended = window_attention(q, k, v, window=50, rope_base=1e4, cu_seqlens=borders)
+    gradients = torch.autograd.grad(loss(o, final, attended), (q, k, v))
+    outputs, finals, alone = [], [], []
+    for i, (start, end) in enumerate(zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True)):
+        part = [None if x is None else x[:, start:end] for x in (q, k, v, beta, log_decay)]
+        one = dict(zip(("beta", "log_decay"), part[3:], strict=True))
+        each, after = fast_weight(*part[:3], **one, initial_state=state[i : i + 1], **options)
+        outputs.append(each)
+        finals.append(after)
+        if end > start:
+            alone.append(window_attention(*part[:3], window=50, rope_base=1e4))
+    together = torch.cat(outputs, 1), torch.cat(finals), torch.cat(alone, 1)
+    expected = torch.autograd.grad(loss(*together), (q, k, v))
+    allowed = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    for found, truth in zip((o, final, attended, *gradients), (*together, *expected), strict=True):
+        assert ((found - truth).norm() / truth.norm()).item() < allowed
