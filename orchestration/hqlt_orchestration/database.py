@@ -2,16 +2,23 @@
 
 import contextlib
 import fcntl
+import logging
 import os
 import sqlite3
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import sqlalchemy as sa
 from hqlt_search_space.errors import StoreError
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError
 
 BUSY_TIMEOUT_S = 30.0
+OUTAGE_S = 120.0  # how long a PostgreSQL that has answered before is waited for when it does not
+_LONGEST_PAUSE_S = 2.0  # between two tries
+_T = TypeVar("_T")
+_log = logging.getLogger(__name__)
 
 
 def make_engine(url: str) -> sa.Engine:
@@ -49,6 +56,31 @@ def configure_sqlite(connection: sqlite3.Connection) -> None:
     """WAL: readers never wait, a commit is one write. FULL: what was committed survives a power cut."""
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}")
+
+
+def patiently(url: str, call: Callable[[], _T]) -> _T:
+    """What `call` returns, which only connects or reads: while PostgreSQL does not answer it is repeated.
+
+    Raises:
+        the error of `call`, after `OUTAGE_S`; on SQLite at once, whose connections have a patience of their own.
+    """
+    deadline, pause_s = None, 0.1
+    while True:
+        try:
+            return call()
+        except Exception as error:
+            # Optuna wraps what SQLAlchemy says.
+            said = error if isinstance(error, OperationalError) else error.__cause__
+            now = time.monotonic()
+            if not url.startswith("postgresql") or not isinstance(said, OperationalError):
+                raise
+            if deadline is None:
+                deadline = now + OUTAGE_S
+                _log.warning("%s does not answer; it is waited for up to %.0f s", shown(url), OUTAGE_S)
+            if now > deadline:
+                raise
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
 def shown(url: str) -> str:

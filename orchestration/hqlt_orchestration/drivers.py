@@ -7,6 +7,7 @@ from hqlt_orchestration.orphans import ProcessIdentity
 from hqlt_orchestration.tables import DriverId, DriverRow
 
 STALE_DRIVER_S = 60.0  # twelve missed beats: what a driver may miss before its trials are given away
+_LONGEST_GAP_S = 10.0  # between two looks; more means that we stood still ourselves, or the database did for all
 
 
 def driver_is_dead(driver: DriverRow) -> bool | None:
@@ -20,16 +21,21 @@ class DriverWatch:
 
     A driver beats from the loop that also watches over its trials, so one that was stopped or hangs does not beat.
     Only differences of this process's monotonic clock are used: neither a stepped clock nor two hosts that disagree
-    about the time can make a living driver look dead.
+    about the time can make a living driver look dead. It counts only while somebody looks: after an outage of the
+    database, in which nobody could beat, every driver has its full time again.
     """
 
     def __init__(self, stale_after_s: float = STALE_DRIVER_S, clock: Callable[[], float] = time.monotonic) -> None:
         self._stale_after_s = stale_after_s
         self._clock = clock
+        self._looked_at = clock()
+        self._watched_s = 0.0
         self._seen: dict[DriverId, tuple[int, float]] = {}
 
     def dead(self, drivers: Iterable[DriverRow]) -> list[DriverRow]:
-        now = self._clock()
+        before, self._looked_at = self._looked_at, self._clock()
+        self._watched_s += min(self._looked_at - before, _LONGEST_GAP_S)
+        now = self._watched_s
         dead: list[DriverRow] = []
         for driver in drivers:
             beats, since = self._seen.get(driver.id, (-1, now))

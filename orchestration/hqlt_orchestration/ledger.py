@@ -25,7 +25,7 @@ import sqlalchemy as sa
 from hqlt_search_space.errors import StoreError, UnknownNameError
 from hqlt_search_space.trial import Config, TrialResult
 
-from hqlt_orchestration.database import make_engine, schema_lock, shown, store_errors
+from hqlt_orchestration.database import make_engine, patiently, schema_lock, shown, store_errors
 from hqlt_orchestration.executor import AttemptKey
 from hqlt_orchestration.orphans import this_process
 from hqlt_orchestration.tables import (
@@ -107,18 +107,22 @@ class Ledger:
     @contextlib.contextmanager
     def read(self) -> Iterator[sa.Connection]:
         """A consistent snapshot. Never waits for a writer."""
-        with store_errors(self.url), self.engine.connect() as connection, connection.begin():
+        with store_errors(self.url), self._connected() as connection, connection.begin():
             yield connection
 
     @contextlib.contextmanager
     def write(self) -> Iterator[sa.Connection]:
         """A transaction that holds the write lock from its first statement."""
-        with store_errors(self.url), self.engine.connect() as raw:
+        with store_errors(self.url), self._connected() as raw:
             connection = raw.execution_options(hqlt_write=True)
             with connection.begin():
                 if self.engine.dialect.name == "postgresql":
                     connection.execute(sa.text("SELECT pg_advisory_xact_lock(4714801)"))
                 yield connection
+
+    def _connected(self) -> sa.Connection:
+        """A connection that answers. A server that goes away between two transactions is waited for."""
+        return patiently(self.url, self.engine.connect)
 
     # Studies
 

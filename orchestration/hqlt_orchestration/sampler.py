@@ -31,7 +31,7 @@ from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from hqlt_orchestration.database import configure_sqlite
+from hqlt_orchestration.database import configure_sqlite, patiently, store_errors
 from hqlt_orchestration.history import engine_options, find_start, write_end, write_start
 from hqlt_orchestration.ledger import Ledger
 
@@ -75,20 +75,24 @@ class Proposer:
         self._domains = study.domains()
         self._distributions = {name: distribution(domain) for name, domain in self._domains.items()}
         self._space = {name: found for name, found in sorted(self._distributions.items()) if not found.single()}
-        self._storage = _Holding(open_optuna(ledger.url))
-        self._optuna = optuna.create_study(
-            storage=self._storage,
-            study_name=study.name,
-            directions=list(study.objectives.values()),
-            load_if_exists=True,
-        )
-        self._study_id = self._storage.study_id = self._storage.get_study_id_from_name(study.name)
+        with store_errors(ledger.url):
+            self._storage = _Holding(open_optuna(ledger.url), ledger.url)
+            self._optuna = patiently(ledger.url, self._open_study)
+            self._study_id = self._storage.study_id = self._storage.get_study_id_from_name(study.name)
         self._grid: optuna.samplers.GridSampler | None = None
         self._refusals: Counter[str] = Counter()
         self._n_asked = 0
         self._size: int | None = None
         self._places: dict[int, tuple[int, int]] = {}  # ledger number -> Optuna's id and number
         self.alone = False  # whether the history changes only here; else it is read again for every proposal
+
+    def _open_study(self) -> optuna.Study:
+        return optuna.create_study(
+            storage=self._storage,
+            study_name=self._study.name,
+            directions=list(self._study.objectives.values()),
+            load_if_exists=True,
+        )
 
     def propose(self, number: int, is_taken: Callable[[str], bool], n_taken: int) -> Proposal:
         """A config for trial `number`. `is_taken` says whether a config id is in the study, which has `n_taken`.
@@ -255,7 +259,8 @@ class Proposer:
 
 def open_optuna(url: str) -> BaseStorage:
     """Optuna's storage at `url`, whose tables are there, cached in memory."""
-    storage = RDBStorage(url, engine_options(url), skip_table_creation=True, skip_compatibility_check=True)
+    options = engine_options(url)
+    storage = patiently(url, lambda: RDBStorage(url, options, skip_table_creation=True, skip_compatibility_check=True))
     if url.startswith("sqlite"):
         sa.event.listen(storage.engine, "connect", lambda connection, _record: configure_sqlite(connection))
     return get_storage(storage)
@@ -360,8 +365,9 @@ class _Holding(BaseStorage):
     They also read the whole history many times for one suggestion; it is read once, by `look`. The rest goes through.
     """
 
-    def __init__(self, stored: BaseStorage) -> None:
+    def __init__(self, stored: BaseStorage, url: str) -> None:
         self.stored = stored
+        self._url = url
         self.study_id = _HELD
         self.history: list[FrozenTrial] = []
         self._attributes: dict[str, Any] | None = None
@@ -370,7 +376,9 @@ class _Holding(BaseStorage):
 
     def look(self) -> list[FrozenTrial]:
         """The history as it is stored now, which is what samplers see until the next look."""
-        self.history = list(self.stored.get_all_trials(self.study_id, deepcopy=False))
+        with store_errors(self._url):
+            stored = patiently(self._url, lambda: self.stored.get_all_trials(self.study_id, deepcopy=False))
+        self.history = list(stored)
         self._attributes = None
         return self.history
 

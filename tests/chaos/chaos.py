@@ -21,8 +21,9 @@ from typing import Any
 from faults import FAULTS, Blow, Scene
 from hqlt_orchestration.invariants import invariants, mirror_violations
 from hqlt_orchestration.ledger import Ledger
-from hqlt_orchestration.tables import FINISHED
-from lab import Lab, study_text
+from hqlt_search_space.errors import HqltError
+from lab import Lab, study_text, wait_until
+from sqlalchemy.exc import SQLAlchemyError
 
 NAME = "chaos"
 MEAN_PAUSE_S = 20.0  # between two faults
@@ -98,7 +99,7 @@ def under_fire(plan: Plan, folder: Path, expected: dict[tuple[int, int], Any]) -
     lab = Lab(folder, NAME, plan.text(), database=plan.database, disk_mib=plan.disk_mib, with_server=plan.with_server)
     try:
         if lab.mlflow is not None:
-            _wait_for(lambda: lab.mlflow is not None and lab.mlflow.answers, 180, "the MLflow server")
+            wait_until(lambda: lab.mlflow is not None and lab.mlflow.answers, 180, "the MLflow server")
         started = time.monotonic()
         scene = Scene(lab, random.Random(plan.seed), lab.run())
         commands = _fire(plan, scene)
@@ -150,7 +151,10 @@ def _fire(plan: Plan, scene: Scene) -> int:
 
 
 def _strike(plan: Plan, scene: Scene, at_s: float) -> None:
+    lasting = {blow.row for blow in scene.blows if blow.lift is not None}
     for row in scene.random.sample(plan.rows, len(plan.rows)):
+        if row in lasting:  # what is down cannot be struck down
+            continue
         blow = FAULTS[row][1](scene)
         if blow is not None:
             scene.blows.append(blow)
@@ -175,18 +179,14 @@ def _is_complete(scene: Scene) -> bool:
 
 
 def _note_recoveries(scene: Scene) -> None:
-    waiting = [blow for blow in scene.blows if blow.recovered_s is None and blow.lift is None]
-    if not waiting:
-        return
-    try:
-        ended = {(r.number, r.seed) for r in scene.lab.ledger.replicas(NAME) if r.state in FINISHED}
-    except Exception:  # noqa: BLE001  the database is down or locked, which is what this is about
-        return
-    for blow in waiting:
-        if (
-            all((key.number, key.seed) in ended or scene.lab.has_begun_after(key) for key in blow.hit)
-            and blow.is_over()
-        ):
+    for blow in scene.blows:
+        if blow.recovered_s is not None or blow.lift is not None:
+            continue
+        try:
+            is_over = blow.is_over() and all(map(scene.lab.is_over, blow.hit))
+        except (HqltError, SQLAlchemyError):  # the database is down or locked, which is what this is about
+            return
+        if is_over:
             blow.recovered_s = time.monotonic() - blow.struck_at
 
 
@@ -205,18 +205,10 @@ def _ship_the_rest(scene: Scene) -> list[str]:
     """What a server that was down has missed is shipped by the next command."""
     server = scene.lab.mlflow
     if server is not None:
-        _wait_for(lambda: server.answers, 180, "the MLflow server")
+        wait_until(lambda: server.answers, 180, "the MLflow server")
     code = scene.lab.resume().wait(300)
     _note_recoveries(scene)
     return [] if code == 0 else [f"resuming the complete study ended with {code}"]
-
-
-def _wait_for(condition: Any, timeout_s: float, what: str) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {timeout_s:.0f} s for {what}")
-        time.sleep(0.5)
 
 
 def table(outcome: Outcome) -> str:
@@ -256,7 +248,7 @@ def main() -> int:
     seed = random.randrange(10**6) if options.seed is None else options.seed
     is_root = os.getuid() == 0
     postgres = shutil.which("initdb") is not None or any(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    folder = Path(tempfile.mkdtemp(prefix="hqlt-chaos-"))
+    folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     print(f"seed {seed}, folder {folder}, {os.cpu_count()} cores", flush=True)
     if not is_root:
         print("row 5 is left out: only root can mount a disk to fill")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import psutil
 from hqlt_orchestration.executor import AttemptKey
-from hqlt_orchestration.tracking import unshipped_bytes
+from hqlt_orchestration.spool import unshipped_bytes
 from lab import Command, Held, Lab, locked
 
 WRITE_WATCH_S = 33.0  # a trial saves every 30 s
@@ -166,7 +166,7 @@ def crash_database(scene: Scene) -> Blow | None:
             f"crash PostgreSQL for {seconds:.0f} s",
             lift=lab.postgres.start,
             lasts_s=seconds,
-            is_over=lambda: _beats_since(lab, struck),
+            is_over=lambda: lab.newest_beat() > struck,
         )
     seconds = scene.random.uniform(2, 15)
     held = contextlib.ExitStack()
@@ -177,12 +177,8 @@ def crash_database(scene: Scene) -> Blow | None:
         f"lock the database for {seconds:.0f} s",
         lift=held.close,
         lasts_s=seconds,
-        is_over=lambda: _beats_since(lab, struck + seconds),
+        is_over=lambda: lab.newest_beat() > struck + seconds,
     )
-
-
-def _beats_since(lab: Lab, unix_s: float) -> bool:
-    return any(beat > unix_s for beat in lab.beats())
 
 
 def start_second_driver(scene: Scene) -> Blow | None:

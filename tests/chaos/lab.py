@@ -28,7 +28,7 @@ import sqlalchemy as sa
 from hqlt_orchestration.executor import AttemptKey
 from hqlt_orchestration.ledger import Ledger
 from hqlt_orchestration.store import Store
-from hqlt_orchestration.tables import ATTEMPTS, DRIVERS
+from hqlt_orchestration.tables import ATTEMPTS, DRIVERS, FINISHED
 from hqlt_search_space.errors import HqltError
 
 HQLT = Path(sys.executable).parent / "hqlt"
@@ -70,11 +70,10 @@ class Command:
     """A running `hqlt` command, in a process group of its own as a shell would start it, and what it has said."""
 
     def __init__(self, arguments: list[str], output: Path, environment: dict[str, str]) -> None:
-        self.arguments = arguments
         self._output = output
         with output.open("ab") as file:
             self.process = subprocess.Popen(
-                [str(HQLT), *arguments], stdout=file, stderr=file, env=environment, process_group=0, cwd=output.parent
+                arguments, stdout=file, stderr=file, env=environment, process_group=0, cwd=output.parent
             )
 
     @property
@@ -227,21 +226,23 @@ class Lab:
             self.mlflow = MlflowServer(self.folder / "mlflow")
         self.store = Store(data, self.postgres and self.postgres.url, self.mlflow and self.mlflow.url)
         (self.folder / "study.yaml").write_text(self.text)
-        self._n_commands = 0
+        self._commands: list[Command] = []
         self._ledger: Ledger | None = None
 
-    def hqlt(self, *arguments: str) -> Command:
-        """Start a command on the lab's store."""
-        self._n_commands += 1
+    def hqlt(self, *arguments: str, elsewhere: str | None = None) -> Command:
+        """Start a command on the lab's store; `elsewhere` is the name of the host that it is to believe itself on."""
+        prefix = [] if elsewhere is None else ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', elsewhere]
         environment = os.environ | {"HQLT_DATA": str(self.store.data), MARK: self._mark} | self.environment
         if self.postgres is not None:
             environment["HQLT_STORE"] = self.postgres.url
         if self.mlflow is not None:
             environment["HQLT_MLFLOW"] = self.mlflow.url
-        return Command(list(arguments), self.folder / f"command-{self._n_commands:03d}.txt", environment)
+        output = self.folder / f"command-{len(self._commands) + 1:03d}.txt"
+        self._commands.append(Command([*prefix, str(HQLT), *arguments], output, environment))
+        return self._commands[-1]
 
-    def run(self, *options: str) -> Command:
-        return self.hqlt("study", "run", str(self.folder / "study.yaml"), *options)
+    def run(self, *options: str, elsewhere: str | None = None) -> Command:
+        return self.hqlt("study", "run", str(self.folder / "study.yaml"), *options, elsewhere=elsewhere)
 
     def resume(self, *options: str) -> Command:
         return self.hqlt("study", "resume", self.name, *options)
@@ -269,12 +270,12 @@ class Lab:
         except (HqltError, sa.exc.SQLAlchemyError):
             return []
 
-    def beats(self) -> list[float]:
-        """When each driver that has not left last beat, by the clock of its host."""
+    def newest_beat(self) -> float:
+        """When a driver that is there last beat, in Unix seconds by the clock of its host; 0 if none can be read."""
         try:
-            return [driver.beat_at for driver in self.ledger.drivers(self.name)]
+            return max((driver.beat_at for driver in self.ledger.drivers(self.name)), default=0.0)
         except (HqltError, sa.exc.SQLAlchemyError):
-            return []
+            return 0.0
 
     # Processes
 
@@ -306,13 +307,21 @@ class Lab:
     def seed_folder(self, key: AttemptKey) -> Path:
         return self.store.trial_folder(self.name, key.number) / f"seed-{key.seed}"
 
-    def has_begun_after(self, key: AttemptKey) -> bool:
-        """Whether a later attempt at the same seed trains: it has the folder, and says so in the log there."""
-        try:
-            log = (self.seed_folder(key) / "log.txt").read_text(errors="replace")
-        except FileNotFoundError:
-            return False
-        return any(int(number) > key.attempt for number in re.findall(r"  attempt (\d+) of trial", log))
+    def has_begun(self, key: AttemptKey, steps: int = 0) -> bool:
+        """Whether this very attempt trains and, in its log, has come `steps` far."""
+        _, found, own = self._log(key).rpartition(f"  attempt {key.attempt} of trial")
+        return bool(found) and (steps == 0 or any(int(step) >= steps for step in re.findall(r"\nstep (\d+) ", own)))
+
+    def is_over(self, key: AttemptKey) -> bool:
+        """Whether a later attempt at the same seed trains, or the seed has a result."""
+        if any(int(number) > key.attempt for number in re.findall(r"  attempt (\d+) of trial", self._log(key))):
+            return True
+        return any(r.seed == key.seed and r.state in FINISHED for r in self.ledger.replicas(self.name, key.number))
+
+    def _log(self, key: AttemptKey) -> str:
+        with contextlib.suppress(FileNotFoundError):
+            return (self.seed_folder(key) / "log.txt").read_text(errors="replace")
+        return ""
 
     def orphans(self, patience_s: float = 15.0) -> list[str]:
         """What is still there some time after the last command has ended."""
@@ -332,6 +341,8 @@ class Lab:
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
                 process.kill()
+        for command in self._commands:
+            command.process.wait()
         if self.mlflow is not None:
             self.mlflow.kill()
         if self.postgres is not None:

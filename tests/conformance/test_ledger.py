@@ -176,9 +176,18 @@ def test_a_driver_elsewhere_is_judged_by_its_beats_and_not_by_any_clock(ledger: 
     elsewhere = replace(driver, host="another-host", beat_at=0.0)
     now = 0.0
     watch = DriverWatch(stale_after_s=60, clock=lambda: now)
-    for now, beats, dead in ((0.0, 1, False), (59.0, 1, False), (61.0, 2, False), (120.0, 2, False), (122.0, 2, True)):
-        found = watch.dead([replace(elsewhere, beats=beats)])
-        assert bool(found) is dead, f"at {now} s with {beats} beats"
+    for now in map(float, range(130)):
+        found = watch.dead([replace(elsewhere, beats=1 if now < 60 else 2)])
+        assert bool(found) is (now > 120), f"at {now} s"
+
+
+def test_a_driver_is_not_dead_because_nobody_could_look_for_hours(ledger: Ledger) -> None:
+    claimed(ledger)
+    (driver,) = ledger.drivers("s")
+    times = iter((0.0, 3600.0, 7200.0))
+    watch = DriverWatch(stale_after_s=60, clock=lambda: next(times))
+    assert watch.dead([driver]) == []
+    assert watch.dead([driver]) == []
 
 
 def test_a_trial_is_the_sum_of_its_replicas_but_not_of_its_replication(ledger: Ledger) -> None:

@@ -1,0 +1,305 @@
+"""One real fault each, and what has to be true after it. The rows are those of the table in orchestration/README.md."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hqlt_orchestration.drivers import DriverWatch
+from hqlt_orchestration.executor import AttemptKey
+from hqlt_orchestration.invariants import invariants
+from hqlt_search_space.trial import Trial
+from hqlt_trainer.run import run_trial
+from lab import Command, Lab, locked, study_text, wait_until
+
+MakeLab = Callable[..., Lab]
+FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
+STEPS = 400  # four seconds of an idle core
+PATIENCE_S = 300.0  # for a machine that does ten other things
+
+
+def text(trials: int = 2, steps: int = STEPS, parallel: int = 1, **keys: object) -> str:
+    return study_text("chaos", trials=trials, steps=steps, parallel=parallel, **keys)
+
+
+def wait_for_training(lab: Lab, command: Command, number: int = 0, steps: int = 1) -> AttemptKey:
+    """Until the driver of `command` holds trial `number`, and that has come some steps far."""
+
+    def far_enough() -> list[AttemptKey]:
+        assert not command.has_ended, command.said
+        held = [one.key for one in lab.held() if one.driver_pid == command.process.pid and one.key.number >= number]
+        return [key for key in held if lab.has_begun(key, steps)]
+
+    wait_until(far_enough, PATIENCE_S, f"trial {number} to train")
+    return far_enough()[0]
+
+
+def assert_sound_and_complete(lab: Lab, *, within_s: float = 15.0) -> None:
+    """The study is what it would have been without a fault: to the bit, and nothing is left of what ran it."""
+    assert lab.orphans(within_s) == []
+    assert invariants(lab.store, lab.name) == []
+    row = lab.ledger.study(lab.name)
+    assert lab.ledger.counts(lab.name)["complete"] == row.budget
+    alone = lab.folder / "alone"
+    for trial in lab.ledger.trials(lab.name):
+        (expected,) = run_trial(Trial(config=trial.config), alone / str(trial.number)).replicas
+        (replica,) = lab.ledger.replicas(lab.name, trial.number)
+        assert replica.result is not None
+        assert replica.result.weights_sha256 == expected.weights_sha256
+        assert (replica.result.metrics, replica.result.curve) == (expected.metrics, expected.curve)
+
+
+# Row 2
+
+WRITER = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+from hqlt_trainer.checkpoint import latest_checkpoint, save_checkpoint
+
+folder, generator, inside, config = Path(sys.argv[1]), random.Random(int(sys.argv[2])), 0, "0123456789abcdef"
+print("seed", sys.argv[2])
+for _ in range(40):
+    before, _ = latest_checkpoint(folder, config)
+    writer = os.fork()
+    if writer == 0:
+        for step in range(before.step + 1 if before else 1, 10**6):
+            tensors = {"weight": torch.full((300, 300), float(step))}
+            save_checkpoint(folder, step, config_id=config, model=tensors, optimiser=tensors, state={"step": step})
+    time.sleep(generator.uniform(0.01, 0.06))
+    os.kill(writer, signal.SIGKILL)
+    os.waitpid(writer, 0)
+    inside += any(folder.glob("*.tmp"))
+    after, notes = latest_checkpoint(folder, config)
+    assert not notes, notes
+    assert before is None or after.step >= before.step, (before.step, after)
+    assert after is None or bool((after.model["weight"] == after.step).all() and after.state == {"step": after.step})
+print("killed inside a write", inside)
+assert inside and after is not None
+"""
+
+
+def test_forty_kills_in_the_writing_of_a_checkpoint_leave_a_whole_one(tmp_path: Path) -> None:
+    seed = str(time.time_ns() % 10**6)
+    ran = subprocess.run(
+        [sys.executable, "-c", WRITER, str(tmp_path), seed], capture_output=True, text=True, timeout=PATIENCE_S
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+# Row 3
+
+
+def test_a_killed_driver_is_followed_by_one_that_loses_and_doubles_nothing(make_lab: MakeLab) -> None:
+    lab = make_lab(text())
+    driver = lab.run("--executor", "ray")
+    key = wait_for_training(lab, driver, steps=100)
+    driver.kill()
+    again = lab.resume("--executor", "inline")
+    assert again.wait(PATIENCE_S) == 0, again.said
+    assert f"trial {key.number}, seed {key.seed}: its driver is gone; it is tried again" in again.said
+    assert_sound_and_complete(lab)
+
+
+# Row 5
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can mount a disk to fill")
+def test_a_full_disk_ends_the_command_with_a_sentence_and_room_lets_it_go_on(make_lab: MakeLab) -> None:
+    lab = make_lab(text(), disk_mib=96)
+    assert lab.disk is not None
+    driver = lab.run("--executor", "inline")
+    wait_for_training(lab, driver, steps=100)
+    lab.disk.fill()
+    assert driver.wait(PATIENCE_S) == 1
+    assert "full" in driver.said
+    assert "Traceback" not in driver.said
+    lab.disk.free()
+    again = lab.resume("--executor", "inline")
+    assert again.wait(PATIENCE_S) == 0, again.said
+    assert_sound_and_complete(lab)
+
+
+# Row 7
+
+
+def test_a_database_that_another_program_locks_is_waited_for(make_lab: MakeLab) -> None:
+    lab = make_lab(text())
+    driver = lab.run("--executor", "inline")
+    wait_for_training(lab, driver)
+    with locked(lab.store.data / "hqlt.db"):
+        time.sleep(5)
+    assert driver.wait(PATIENCE_S) == 0, driver.said
+    assert_sound_and_complete(lab)
+
+
+def test_a_postgresql_that_crashes_under_a_study_costs_it_nothing(make_lab: MakeLab) -> None:
+    lab = make_lab(text(), database="postgresql")
+    assert lab.postgres is not None
+    driver = lab.run("--executor", "inline")
+    wait_for_training(lab, driver, steps=100)
+    lab.postgres.crash()
+    time.sleep(3)
+    lab.postgres.start()
+    if driver.wait(PATIENCE_S):  # it may not have waited so long, but then it says what to do
+        assert "Traceback" not in driver.said
+        again = lab.resume("--executor", "inline")
+        assert again.wait(PATIENCE_S) == 0, again.said
+    assert_sound_and_complete(lab)
+
+
+# Row 12
+
+
+@pytest.mark.skipif(FAKETIME is None, reason="libfaketime is not installed")
+def test_a_clock_that_is_set_an_hour_back_and_forth_costs_no_trial(make_lab: MakeLab, tmp_path: Path) -> None:
+    clock = tmp_path / "clock"
+    clock.write_text("+0")
+    stepped = {
+        "LD_PRELOAD": str(FAKETIME),
+        "FAKETIME_TIMESTAMP_FILE": str(clock),
+        "FAKETIME_CACHE_DURATION": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    }
+    lab = make_lab(text(trials=3, steps=800), environment=stepped)
+    driver = lab.run("--executor", "inline")
+    wait_for_training(lab, driver)
+    for offset in ("+3600", "-3600"):
+        clock.write_text(offset)
+        wait_until(
+            lambda shown=int(offset): abs(lab.newest_beat() - time.time() - shown) < 600, PATIENCE_S, "the new time"
+        )
+        _join_for_a_moment(lab)  # a second driver judges the first, by a clock that is an hour off
+    assert driver.wait(PATIENCE_S) == 0, driver.said
+    attempts = lab.ledger.attempts("chaos")
+    assert {attempt.state for attempt in attempts} <= {"complete", "paused"}, attempts
+    for replica in lab.ledger.replicas("chaos"):
+        assert replica.result is not None
+        assert (replica.result.wall_seconds or 0) >= (replica.result.train_seconds or 0) >= 0
+    assert_sound_and_complete(lab)
+
+
+def _join_for_a_moment(lab: Lab) -> None:
+    lab.environment = {}
+    joined = lab.resume("--executor", "inline")
+    wait_until(lambda: len(lab.ledger.drivers("chaos")) == 2 or joined.has_ended, PATIENCE_S, "the second driver")
+    joined.terminate()
+    joined.wait(PATIENCE_S)
+
+
+# Rows 1, 4 and 20
+
+
+def test_a_worker_that_is_killed_or_stopped_and_a_node_that_dies_cost_no_trial(make_lab: MakeLab) -> None:
+    """One study, because Ray takes seconds to start; the three strike one after the other."""
+    lab = make_lab(text(trials=6, steps=1000, parallel=2, resources={"gpu": 0, "hang_after_s": 8}))
+    driver = lab.run()
+    killed = wait_for_training(lab, driver)
+    _signal_worker(lab, killed, signal.SIGKILL)
+    wait_until(lambda: lab.is_over(killed), PATIENCE_S, "another attempt after SIGKILL")
+    stopped = wait_for_training(lab, driver, number=killed.number + 1, steps=100)
+    _signal_worker(lab, stopped, signal.SIGSTOP)
+    wait_until(lambda: lab.is_over(stopped), PATIENCE_S, "another attempt after SIGSTOP")
+    wait_for_training(lab, driver, number=stopped.number + 1)
+    raylet = lab.raylet_of(driver)
+    assert raylet is not None
+    raylet.kill()
+    if driver.wait(PATIENCE_S):
+        assert "Traceback" not in driver.said, driver.said
+        driver = lab.resume()
+        assert driver.wait(PATIENCE_S) == 0, driver.said
+    states = {(a.number, a.attempt): a.state for a in lab.ledger.attempts("chaos")}
+    assert states[killed.number, killed.attempt] == "crashed"
+    assert states[stopped.number, stopped.attempt] == "hung"
+    assert_sound_and_complete(lab)
+
+
+def _signal_worker(lab: Lab, key: AttemptKey, number: int) -> None:
+    worker = lab.worker_of(key)
+    assert worker is not None
+    worker.send_signal(number)
+
+
+# Hosts
+
+
+def test_a_driver_on_another_host_that_dies_is_known_by_its_beats_alone(make_lab: MakeLab) -> None:
+    """The host is a namespace with a name of its own, which is what tells hosts apart."""
+    if os.getuid() != 0:
+        pytest.skip("only root can make a namespace")
+    lab = make_lab(text(trials=1, steps=20_000))
+    driver = lab.run("--executor", "inline", elsewhere="far-away")
+    wait_until(lambda: lab.held(), PATIENCE_S, "its lease")
+    (row,) = lab.ledger.drivers("chaos")
+    assert row.host == "far-away"
+    watch = DriverWatch(stale_after_s=8)
+    until = time.monotonic() + 10
+    while time.monotonic() < until:  # longer than what it may be silent
+        assert watch.dead(lab.ledger.drivers("chaos")) == []
+        time.sleep(0.5)
+    driver.kill()
+    wait_until(lambda: watch.dead(lab.ledger.drivers("chaos")), PATIENCE_S, "the silence to be noticed")
+    lab.ledger.forget_drivers("chaos", watch.dead(lab.ledger.drivers("chaos")))
+    assert invariants(lab.store, "chaos") == []
+
+
+# Row 23
+
+FAILING_FSYNC = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdlib.h>
+static int calls;
+int fsync(int descriptor) {
+    static int (*real)(int);
+    if (!real) real = (int (*)(int))dlsym(RTLD_NEXT, "fsync");
+    if (getenv("FAIL_AT") && calls++ == atoi(getenv("FAIL_AT"))) { errno = EIO; return -1; }
+    return real(descriptor);
+}
+"""
+SAVER = """
+import sys
+from pathlib import Path
+import torch
+from hqlt_trainer.checkpoint import latest_checkpoint, save_checkpoint
+
+folder, config = Path(sys.argv[1]), "0123456789abcdef"
+tensors = {"weight": torch.ones(10)}
+try:
+    save_checkpoint(folder, 2, config_id=config, model=tensors, optimiser=tensors, state={})
+except OSError as error:
+    print(error.strerror)
+found, notes = latest_checkpoint(folder, config)
+print(found.step, notes)
+"""
+
+
+def test_a_checkpoint_that_could_not_be_synced_is_given_up_and_written_anew(tmp_path: Path) -> None:
+    """The kernel reports an I/O error once and then forgets it: what could not be synced is not synced again."""
+    if subprocess.run(["which", "gcc"], capture_output=True).returncode:
+        pytest.skip("gcc is not installed")
+    shim = tmp_path / "shim.so"
+    compile_it = ["gcc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(shim), "-ldl"]
+    subprocess.run(compile_it, input=FAILING_FSYNC, text=True, check=True)
+    folder = tmp_path / "checkpoints"
+
+    def save(**environment: str) -> list[str]:
+        code = SAVER.replace("2, config_id", environment.pop("STEP", "2") + ", config_id")
+        ran = subprocess.run(
+            [sys.executable, "-c", code, str(folder)],
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return ran.stdout.splitlines()
+
+    assert save(STEP="1") == ["1 ()"]
+    assert save(LD_PRELOAD=str(shim), FAIL_AT="1") == ["Input/output error", "1 ()"]
+    assert not list(folder.glob("*.tmp"))
+    assert save() == ["2 ()"]
