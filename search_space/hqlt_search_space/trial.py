@@ -35,6 +35,9 @@ class Runtime(Spec):
     n_threads: Annotated[int, Field(ge=1)] = 1
     backend: Literal["auto", "definition", "chunked", "triton"] = "auto"
     knock_outs: bool = Field(default=True, description="Evaluate with each memory silenced as well.")
+    accumulation: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="Micro-batches a step where memory was too small for the recipe's; seeds train alone."
+    )
 
 
 class Trial(Spec):
@@ -116,6 +119,9 @@ class ReplicaResult(Spec):
     gates: tuple[MeanGate, ...] = ()
     curve: tuple[CurvePoint, ...] = ()
     skipped_steps: int = Field(default=0, description="Steps with a non-finite loss or gradient, skipped.")
+    accumulation: int | None = Field(
+        default=None, description="Micro-batches a step, if memory was too small for the recipe's."
+    )
     weights_sha256: str | None = None
     tokens_per_second: float | None = None
     train_seconds: float | None = None

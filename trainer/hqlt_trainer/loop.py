@@ -66,6 +66,8 @@ class Progress:
     tokens: int = 0
     train_seconds: float = 0.0
     wall_seconds: float = 0.0
+    accumulation: int | None = None
+    """Micro-batches a step since memory ran out with the recipe's."""
     curve: list[tuple[int, dict[str, float]]] = field(default_factory=list)
 
 
@@ -119,6 +121,11 @@ class Replica:
             backend=runtime.backend,
         )
         return self.model
+
+    def forget_model(self) -> None:
+        """Lets its memory go, until `build` makes it anew."""
+        if hasattr(self, "model"):
+            del self.model
 
     def newest_checkpoint(self, at_most: int | None = None) -> Checkpoint | None:
         """The newest whole checkpoint up to a step; what was damaged is noted."""
@@ -234,6 +241,7 @@ class Replica:
             step=progress.step,
             curve=tuple(CurvePoint(step=step, metrics=metrics) for step, metrics in progress.curve),
             skipped_steps=progress.skipped_steps,
+            accumulation=progress.accumulation,
             tokens_per_second=progress.tokens / progress.train_seconds if progress.train_seconds else None,
             train_seconds=progress.train_seconds,
             wall_seconds=time.monotonic() - self.started,
@@ -316,12 +324,16 @@ class Training:
     training is continued in another process: so the others do not notice.
     """
 
-    def __init__(self, replicas: Sequence[Replica]) -> None:
-        """`replicas` differ in seed and, if in anything, in learning rate, weight decay or AdamW's averages."""
+    def __init__(self, replicas: Sequence[Replica], accumulation: int | None = None) -> None:
+        """`replicas` differ in seed and, if in anything, in learning rate, weight decay or AdamW's averages.
+
+        `accumulation`: micro-batches a step, instead of the recipe's, because memory is short.
+        """
         self.replicas = tuple(replicas)
         first = self.replicas[0]
         self.recipe, self.runtime = first.trial.config.recipe, first.trial.runtime
         self.callbacks = first.callbacks
+        self.accumulation = accumulation
         self.context = context_length(first.trial.config.task)
         self.step = 0
         self.notes: tuple[str, ...] = ()
@@ -393,7 +405,17 @@ class Training:
         for i, replica in enumerate(self.replicas):
             if replica.has_ended:
                 self.stack.leave(i)
+        self._spare_memory()
         self._last_save = time.monotonic()
+
+    def _spare_memory(self) -> None:
+        """Smaller micro-batches, if they were asked for now or before a pause."""
+        asked = [self.accumulation, *(replica.progress.accumulation for _, replica in self.running)]
+        accumulation = max((n for n in asked if n is not None), default=None)
+        if accumulation is not None:
+            self.recipe = self.recipe.model_copy(update={"accumulation": accumulation})
+        for _, replica in self.running:
+            replica.progress.accumulation = accumulation
 
     def _take_step(self, data: StepData) -> None:
         started = time.perf_counter()

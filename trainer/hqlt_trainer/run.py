@@ -1,5 +1,6 @@
 """`run_trial`: a trial in, its result out. Everything above it knows no torch; everything below it knows no study."""
 
+import gc
 import re
 from collections.abc import Sequence
 from itertools import islice
@@ -64,11 +65,12 @@ def run_trial(
             ]
         else:
             members = [Replica(trial, seed, out, callbacks) for seed in trial.seeds]
+            accumulation = trial.runtime.accumulation
             found = stacking(trial.config, trial.seeds, trial.runtime.device)
             notes = [found.reason] if found.reason else []
             waiting = iter(members)
-            for stack in found.stacks:
-                notes += _train(list(islice(waiting, len(stack))), task_data)
+            for stack in found.stacks if accumulation is None else [(seed,) for seed in trial.seeds]:
+                notes += _train(list(islice(waiting, len(stack))), task_data, accumulation)
             replicas = [member.result for member in members if member.result is not None]
             notes += [f"seed {member.seed}: {note}" for member in members for note in member.notes]
         return TrialResult(
@@ -80,27 +82,50 @@ def run_trial(
         )
 
 
-def _train(members: Sequence[Replica], task_data: TaskData) -> list[str]:
-    """Trains `members` together until each has a result; returns what deserves a word."""
+def _train(members: Sequence[Replica], task_data: TaskData, accumulation: int | None) -> list[str]:
+    """Trains `members` together until each has a result; returns what deserves a word.
+
+    Where memory is too small for a stack its seeds train alone, and where it is too small for one of them it is tried
+    once more with half the rows at a time: the same batches in the same order, the same gradients to rounding.
+    """
     if all(member.has_ended for member in members):
         return []
     runtime = members[0].trial.runtime
     forget_peak_memory(runtime)
-    training = Training(members)
+    training = Training(members, accumulation)
+    too_large = ""
     try:
         training.run(task_data)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        if len(members) == 1:
-            members[0].fail("out_of_memory", _out_of_memory(members[0], error))
-    notes = list(training.notes)
-    if not all(member.has_ended for member in members):
-        notes += [f"a stack of {len(members)} ran out of memory at step {training.step}; its seeds trained alone"]
-        del training
+        too_large = _out_of_memory(members[0], error)
+    notes, step, recipe = list(training.notes), training.step, training.recipe
+    if not too_large:
+        return notes
+    del training
+    _give_back_memory(members)
+    if len(members) > 1:
+        notes += [f"a stack of {len(members)} ran out of memory at step {step}; its seeds trained alone"]
         for member in members:
-            notes += _train([member], task_data)
-    return notes
+            notes += _train([member], task_data, accumulation)
+        return notes
+    (member,) = members
+    was_spared = accumulation is not None or recipe.accumulation != member.trial.config.recipe.accumulation
+    if was_spared or recipe.batch == recipe.accumulation:
+        member.fail("out_of_memory", too_large)
+        return notes
+    member.notes += (f"{too_large}; trained with {2 * recipe.accumulation} micro-batches a step",)
+    return notes + _train(members, task_data, 2 * recipe.accumulation)
+
+
+def _give_back_memory(members: Sequence[Replica]) -> None:
+    """Nothing of what was tried is left when it is tried again."""
+    for member in members:
+        member.forget_model()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -111,9 +136,12 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def _out_of_memory(replica: Replica, error: BaseException) -> str:
     config = replica.trial.config
     asked = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+    parts = replica.progress.accumulation
     return (
-        f"out of memory at step {replica.progress.step} (batch {config.recipe.batch}, "
-        f"context {context_length(config.task)})" + (f": {asked[1]} more were asked for" if asked else "")
+        f"out of memory at step {replica.progress.step} (batch {config.recipe.batch}"
+        + (f" in {parts} parts" if parts is not None else "")
+        + f", context {context_length(config.task)})"
+        + (f": {asked[1]} more were asked for" if asked else "")
     )
 
 
