@@ -14,14 +14,14 @@ the first replica, then those of the second, as many of each; to whatever has no
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal, assert_never
 
 import torch
 from hqlt_kernels.backends import Forced
 from hqlt_kernels.blend import BlendState, blend
-from hqlt_kernels.block_parts import add_rms_norm, rms_norm, short_convolution
+from hqlt_kernels.block_parts import add_rms_norm, linear, norm_linear, rms_norm, short_convolution
 from hqlt_kernels.fast_weight import fast_weight
 from hqlt_kernels.rotary import rotate
 from hqlt_kernels.window_attention import window_attention
@@ -48,14 +48,6 @@ def broadcast_to_rows(parameter: Tensor, own_axes: int, x: Tensor) -> Tensor:
     if parameter.dim() == own_axes:
         return parameter
     return parameter.repeat_interleave(len(x) // len(parameter), 0).unsqueeze(1)
-
-
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T over the last axis; `weight` [out, in], or [replicas, out, in]."""
-    if weight.dim() == 2:
-        return functional.linear(x, weight)
-    rows = x.reshape(len(weight), -1, x.shape[-1])
-    return torch.bmm(rows, weight.mT).view(*x.shape[:-1], -1)
 
 
 class Linear(nn.Linear):
@@ -96,6 +88,12 @@ class RMSNorm(nn.Module):
         if delta is None:
             return x, self(x)
         return add_rms_norm(x, delta, self.weight, NORM_EPSILON)
+
+    def into(
+        self, weights: Sequence[Tensor], x: Tensor, delta: Tensor | None = None, gate: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """x + delta, and the products of its norm with `weights`; the norm itself is not kept for the backward."""
+        return norm_linear(x, delta, self.weight, NORM_EPSILON, weights, gate)
 
 
 class ShortConvolution(nn.Module):
@@ -217,49 +215,57 @@ class MixerLayer(nn.Module):
             self.fixed_log_decay.copy_(torch.log1p(-torch.exp2(-5 - heads)))
 
     def forward(
-        self, x: Tensor, state: LayerState | None = None, at: Tensor | None = None
+        self, rows: Tensor, state: LayerState | None = None, at: Tensor | None = None
     ) -> tuple[Tensor, LayerState | None]:
-        """[B, T, d] -> [B, T, d] and, if a state was given, the state after x.
+        """What `in_weight` makes of [B, T, d] -> [B, T, d] and, if a state was given, the state after it.
 
         `at` (int64 [N]) asks for these positions of the flattened B * T only: [N, d].
         """
-        projected, conv = self._project(x, state)
+        projected, conv = self._split(rows, state)
         # Operators compute in float32 whatever they are given; autocast would narrow the products inside them.
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(rows.device.type, enabled=False):
             o, after = self.read(projected, state)
         if after is not None:
-            after = LayerState(after.position + x.shape[1], conv, after.kv, after.fw, after.blend)
+            after = LayerState(after.position + rows.shape[1], conv, after.kv, after.fw, after.blend)
         gate = projected.gate
         if at is not None:
             o, gate = o.flatten(0, 1).index_select(0, at), gate.flatten(0, 1).index_select(0, at)
         if self.output_gate and o.shape[-1] > self.head_dim:  # in `concat`, whose two halves share the gate
             gate = torch.cat([self._heads(gate)] * 2, dim=-1).flatten(-2)
         if self.output_norm is not None:
-            o = self.output_norm(o, gate if self.output_gate else None)
-        elif self.output_gate:
+            _, (mixed,) = self.output_norm.into((self.o_proj.weight,), o, gate=gate if self.output_gate else None)
+            return mixed, after
+        if self.output_gate:
             o = o * self._heads(functional.silu(gate))
-        mixed: Tensor = self.o_proj(o.flatten(-2))
-        return mixed, after
+        return self.o_proj(o.flatten(-2)), after
 
     def read(self, projected: Projected, state: LayerState | None) -> tuple[Tensor, LayerState | None]:
         """The memory's output [B, T, H, D] (2 D for `concat`) and, if a state was given, the state of the memory."""
         raise NotImplementedError
 
-    def _project(self, x: Tensor, state: LayerState | None) -> tuple[Projected, Tensor | None]:
+    @property
+    def in_weight(self) -> Tensor:
+        """The projections that the layer reads: columns of `in_proj`, and on a GPU some of zeros behind them."""
+        weight = self.in_proj.weight
+        return functional.pad(weight, (0, 0, 0, self._n_unused)) if self._n_unused else weight
+
+    @property
+    def _n_unused(self) -> int:
         # On a GPU rows that begin anywhere slow down whatever reads or writes them.
-        n_unused = -sum(self.widths) % ALIGNED if x.is_cuda else 0
-        weight = functional.pad(self.in_proj.weight, (0, 0, 0, n_unused)) if n_unused else self.in_proj.weight
-        rows = linear(x, weight)
+        return -sum(self.widths) % ALIGNED if self.in_proj.weight.is_cuda else 0
+
+    def _split(self, rows: Tensor, state: LayerState | None) -> tuple[Projected, Tensor | None]:
+        n_unused = self._n_unused
         conv = None
         if self.short_conv is None:
             q, k, v, beta, decay, mixing, gate, _ = torch.split(rows, [*self.widths, n_unused], dim=-1)
-            if self.rule is not None:
-                v = functional.silu(v)
+            if self.rule is not None:  # a copy on a GPU, or the backward of SiLU would keep all of `rows`
+                v = functional.silu(v.contiguous() if v.is_cuda else v)
         else:
             before = None
             if state is not None:
                 pad = self.short_conv.weight.shape[1] - 1
-                before = state.conv if state.conv is not None else x.new_zeros(len(x), pad, self.qkv_width)
+                before = state.conv if state.conv is not None else rows.new_zeros(len(rows), pad, self.qkv_width)
             qkv, beta, decay, mixing, gate, _ = torch.split(rows, [self.qkv_width, *self.widths[3:], n_unused], dim=-1)
             q, k, v, conv = self.short_conv(qkv, before, self.widths[:3], self.rule is not None)
         return Projected(self._heads(q), self._writes(k), self._writes(v), beta, decay, mixing, gate), conv

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from hqlt_kernels.backends import Forced
-from hqlt_kernels.block_parts import swiglu
+from hqlt_kernels.block_parts import swiglu_linear
 from hqlt_search_space.arch import Arch
 from torch import Tensor, nn
 
@@ -26,9 +26,13 @@ class SwiGLU(nn.Module):
         self.up_proj = Linear(d_model, inner)
         self.down_proj = Linear(inner, d_model)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
-        return out
+    @property
+    def in_weights(self) -> tuple[Tensor, Tensor]:
+        return self.gate_proj.weight, self.up_proj.weight
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        """What `in_weights` made of x."""
+        return swiglu_linear(gate, up, self.down_proj.weight)
 
 
 class Block(nn.Module):
@@ -48,12 +52,12 @@ class Block(nn.Module):
 
         Both come in two parts, the stream and what is still to be added to it: the next norm adds as it reads.
         """
-        x, normed = self.mixer_norm.after_adding(x, delta)
-        mixed, state = self.mixer(normed, state, at)
+        x, (rows,) = self.mixer_norm.into((self.mixer.in_weight,), x, delta)
+        mixed, state = self.mixer(rows, state, at)
         if at is not None:
             x = x.flatten(0, 1).index_select(0, at)
-        x, normed = self.mlp_norm.after_adding(x, mixed)
-        return x, self.mlp(normed), state
+        x, (gate, up) = self.mlp_norm.into(self.mlp.in_weights, x, mixed)
+        return x, self.mlp(gate, up), state
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from torch.nn import functional
 _TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
-def _has_kernel(x: Tensor, weight: Tensor | None = None) -> bool:
+def has_kernel(x: Tensor, weight: Tensor | None = None) -> bool:
+    """Whether a Triton kernel can take these."""
     return (
         x.is_cuda
         and _TRITON_IS_INSTALLED
@@ -30,7 +31,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, gate: Tensor | None = No
     `weight` is [D] or [replicas, D]. With x [..., H, D], `gate` is [..., H D]. Returned in the type of `x`; on a GPU
     under autocast in the narrow type, which is what a matrix product would make of it.
     """
-    if _has_kernel(x, weight):
+    if has_kernel(x, weight):
         from hqlt_kernels.block_parts import triton_operator
 
         return triton_operator.rms_norm(x, None, weight, gate, epsilon)[0]
@@ -46,7 +47,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, gate: Tensor | None = No
 
 def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """x + delta, and its `rms_norm`."""
-    if _has_kernel(x, weight):
+    if has_kernel(x, weight):
         from hqlt_kernels.block_parts import triton_operator
 
         return triton_operator.rms_norm(x, delta, weight, None, epsilon)
@@ -56,7 +57,7 @@ def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, epsilon: float) -> tu
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """SiLU(gate) * up; one shape."""
-    if _has_kernel(gate):
+    if has_kernel(gate):
         from hqlt_kernels.block_parts import triton_operator
 
         return triton_operator.swiglu(gate, up)
@@ -72,7 +73,7 @@ def short_convolution(
 
     Before the first token there are zeros.
     """
-    if _has_kernel(x, weight):
+    if has_kernel(x, weight):
         from hqlt_kernels.block_parts import triton_operator
 
         return triton_operator.short_convolution(x, weight, widths, activate)

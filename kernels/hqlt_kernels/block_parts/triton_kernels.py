@@ -45,11 +45,13 @@ def norm_kernel(
 
 @triton.jit
 def norm_gradient_kernel(
-    total, weight, gate, dy, dtotal, dx, ddelta, dgate, dweight, per_replica, gate_stride,
+    total, weight, gate, dy, dtotal, dx, ddelta, dgate, dweight, y, per_replica, gate_stride,
     EPSILON: tl.constexpr, D: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    ADD: tl.constexpr, HAS_DTOTAL: tl.constexpr, GATE: tl.constexpr,
+    ADD: tl.constexpr, HAS_DTOTAL: tl.constexpr, GATE: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
-    """dx, and with ADD its copy ddelta in delta's type; dgate [n, D]; dweight [replicas, programs, D], to be summed."""
+    """dx, and with ADD its copy ddelta in delta's type; dgate [n, D]; dweight [replicas, programs, D], to be summed;
+    with AGAIN the forward's y.
+    """
     replica = tl.program_id(1)
     n_programs = tl.num_programs(0)
     column = tl.arange(0, BLOCK)[None, :]
@@ -64,13 +66,17 @@ def norm_gradient_kernel(
         d = tl.load(dy + at, mask=ok, other=0.0).to(tl.float32)
         r = tl.rsqrt(tl.sum(s * s, 1) / D + EPSILON)[:, None]
         normed = s * r
+        again = normed * w
         if GATE:
             gate_at = (base + row) // H * gate_stride + (base + row) % H * D + column
             g = tl.load(gate + gate_at, mask=ok, other=0.0).to(tl.float32)
             sigmoid = tl.sigmoid(g)
             slope = sigmoid * (1 + g * (1 - sigmoid))
-            tl.store(dgate + at, (d * normed * w * slope).to(dgate.dtype.element_ty), mask=ok)
+            tl.store(dgate + at, (d * again * slope).to(dgate.dtype.element_ty), mask=ok)
             d *= g * sigmoid
+            again *= g * sigmoid
+        if AGAIN:
+            tl.store(y + at, again.to(y.dtype.element_ty), mask=ok)
         dw += d * normed
         d *= w
         out = r * (d - normed * (tl.sum(d * normed, 1) / D)[:, None])
@@ -94,7 +100,8 @@ def swiglu_kernel(gate, up, y, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def swiglu_gradient_kernel(gate, up, dy, dgate, dup, n, BLOCK: tl.constexpr):
+def swiglu_gradient_kernel(gate, up, dy, dgate, dup, y, n, BLOCK: tl.constexpr, AGAIN: tl.constexpr):
+    """With AGAIN the forward's y too."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     ok = at < n
     g = tl.load(gate + at, mask=ok, other=0.0).to(tl.float32)
@@ -103,6 +110,8 @@ def swiglu_gradient_kernel(gate, up, dy, dgate, dup, n, BLOCK: tl.constexpr):
     sigmoid = tl.sigmoid(g)
     tl.store(dgate + at, (d * u * sigmoid * (1 + g * (1 - sigmoid))).to(dgate.dtype.element_ty), mask=ok)
     tl.store(dup + at, (d * g * sigmoid).to(dup.dtype.element_ty), mask=ok)
+    if AGAIN:
+        tl.store(y + at, (g * sigmoid * u).to(y.dtype.element_ty), mask=ok)
 
 
 @triton.jit

@@ -16,7 +16,7 @@ PROGRAMS = 528
 """That share the rows of a sum, four for each of an H200's multiprocessors; a constant, so that sums are too."""
 
 
-def _narrow(x: Tensor) -> torch.dtype:
+def narrow(x: Tensor) -> torch.dtype:
     """The type that a matrix product will read `x` in."""
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
@@ -36,7 +36,7 @@ def rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """The norm, and x + delta (empty without delta)."""
     run = eager_norm if nobody_looks_on(x) else norm_forward
-    y, total = run(x.contiguous(), None if delta is None else delta.contiguous(), weight, gate, epsilon, _narrow(x))
+    y, total = run(x.contiguous(), None if delta is None else delta.contiguous(), weight, gate, epsilon, narrow(x))
     return y, total
 
 
@@ -65,10 +65,10 @@ def _fake_norm(
 
 def run_norm_gradient(
     total: Tensor, weight: Tensor, gate: Tensor | None, dy: Tensor, dtotal: Tensor | None,
-    epsilon: float, delta_dtype: torch.dtype | None,
+    epsilon: float, delta_dtype: torch.dtype | None, again: torch.dtype | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of x, delta, weight and gate; empty where there is none."""
-    dx, ddelta, dweight, dgate = _fake_norm_gradient(total, weight, gate, dy, dtotal, epsilon, delta_dtype)
+    """Gradients of x, delta, weight and gate, and the norm `again`, in that type; empty where there is none."""
+    dx, ddelta, dweight, dgate, y = _fake_norm_gradient(total, weight, gate, dy, dtotal, epsilon, delta_dtype, again)
     width, replicas = total.shape[-1], _replicas(weight, 1)
     per_replica = total.numel() // width // replicas
     block = triton.next_power_of_2(width)
@@ -77,24 +77,25 @@ def run_norm_gradient(
     partial = torch.empty(replicas, programs, width, dtype=torch.float32, device=total.device)
     gates = None if gate is None else _rows(gate)
     kernels.norm_gradient_kernel[(programs, replicas)](
-        total, weight, gates, dy, dtotal, dx, ddelta, dgate, partial, per_replica,
+        total, weight, gates, dy, dtotal, dx, ddelta, dgate, partial, y, per_replica,
         0 if gates is None else gates.stride(0),
         EPSILON=epsilon, D=width, H=1 if gates is None else gates.shape[1] // width, ROWS=rows, BLOCK=block,
-        ADD=delta_dtype is not None, HAS_DTOTAL=dtotal is not None, GATE=gate is not None,
+        ADD=delta_dtype is not None, HAS_DTOTAL=dtotal is not None, GATE=gate is not None, AGAIN=again is not None,
     )  # fmt: skip
     torch.sum(partial, 1, out=dweight.view(replicas, width))
-    return [dx, ddelta, dweight, dgate]
+    return [dx, ddelta, dweight, dgate, y]
 
 
 def _fake_norm_gradient(
     total: Tensor, weight: Tensor, gate: Tensor | None, dy: Tensor, dtotal: Tensor | None,
-    epsilon: float, delta_dtype: torch.dtype | None,
+    epsilon: float, delta_dtype: torch.dtype | None, again: torch.dtype | None = None,
 ) -> list[Tensor]:  # fmt: skip
     return [
         torch.empty_like(total),
         total.new_empty(0) if delta_dtype is None else torch.empty_like(total, dtype=delta_dtype),
         torch.empty_like(weight, memory_format=torch.contiguous_format),
         total.new_empty(0) if gate is None else torch.empty_like(gate, memory_format=torch.contiguous_format),
+        total.new_empty(0) if again is None else torch.empty_like(total, dtype=again),
     ]
 
 
@@ -110,7 +111,7 @@ def _norm_backward(run: Callable[..., list[Tensor]], ctx: Any, grads: Sequence[T
     dy, dtotal = grads
     dy = torch.zeros_like(total) if dy is None else dy.contiguous()
     dtotal = None if dtotal is None or not dtotal.numel() else dtotal.contiguous()
-    dx, ddelta, dweight, dgate = run(total, weight, gate, dy, dtotal, ctx.epsilon, ctx.delta_dtype)
+    dx, ddelta, dweight, dgate, _ = run(total, weight, gate, dy, dtotal, ctx.epsilon, ctx.delta_dtype)
     return dx, None if ctx.delta_dtype is None else ddelta, dweight, None if gate is None else dgate, None, None
 
 
@@ -136,11 +137,18 @@ def run_swiglu(gate: Tensor, up: Tensor) -> list[Tensor]:
     return [y]
 
 
-def run_swiglu_gradient(gate: Tensor, up: Tensor, dy: Tensor) -> list[Tensor]:
-    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+def run_swiglu_gradient(gate: Tensor, up: Tensor, dy: Tensor, again: bool = False) -> list[Tensor]:
+    """Gradients of gate and up, and the forward's output `again`, or empty."""
+    dgate, dup, y = _fake_swiglu_gradient(gate, up, dy, again)
     n = gate.numel()
-    kernels.swiglu_gradient_kernel[(triton.cdiv(n, ELEMENTS),)](gate, up, dy, dgate, dup, n, BLOCK=ELEMENTS)
-    return [dgate, dup]
+    kernels.swiglu_gradient_kernel[(triton.cdiv(n, ELEMENTS),)](
+        gate, up, dy, dgate, dup, y, n, BLOCK=ELEMENTS, AGAIN=again
+    )
+    return [dgate, dup, y]
+
+
+def _fake_swiglu_gradient(gate: Tensor, up: Tensor, dy: Tensor, again: bool = False) -> list[Tensor]:
+    return [torch.empty_like(gate), torch.empty_like(up), torch.empty_like(gate) if again else gate.new_empty(0)]
 
 
 def _setup_swiglu(ctx: Any, inputs: tuple[Tensor, Tensor], output: Sequence[Tensor]) -> None:
@@ -148,13 +156,13 @@ def _setup_swiglu(ctx: Any, inputs: tuple[Tensor, Tensor], output: Sequence[Tens
 
 
 def _swiglu_backward(run: Callable[..., list[Tensor]], ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
-    return tuple(run(*ctx.saved_tensors, grads[0].contiguous()))
+    return tuple(run(*ctx.saved_tensors, grads[0].contiguous())[:2])
 
 
 swiglu_forward = torch.library.custom_op("hqlt::swiglu", run_swiglu, mutates_args=())
 swiglu_forward.register_fake(lambda gate, up: [torch.empty_like(gate)])
 swiglu_backward = torch.library.custom_op("hqlt::swiglu_backward", run_swiglu_gradient, mutates_args=())
-swiglu_backward.register_fake(lambda gate, up, dy: [torch.empty_like(gate), torch.empty_like(up)])
+swiglu_backward.register_fake(_fake_swiglu_gradient)
 swiglu_forward.register_autograd(
     lambda ctx, grads: _swiglu_backward(swiglu_backward, ctx, grads), setup_context=_setup_swiglu
 )
