@@ -33,7 +33,9 @@ class Runtime(Spec):
 
     device: Literal["cpu", "cuda"] = "cpu"
     n_threads: Annotated[int, Field(ge=1)] = 1
-    backend: Literal["auto", "definition", "chunked", "triton"] = "auto"
+    backend: Literal[
+        "auto", "definition", "chunked", "triton", "flash_attn_4", "flash_attn_2", "torch_flash", "flex_attention"
+    ] = Field(default="auto", description="Of the operators; the last four of attention alone.")
     knock_outs: bool = Field(default=True, description="Evaluate with each memory silenced as well.")
     accumulation: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="Micro-batches a step where memory was too small for the recipe's; seeds train alone."

@@ -187,8 +187,9 @@ def test_a_folder_of_another_trial_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_forced_backend_or_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BackendError, match="triton"):
-        run_trial(_trial(runtime={"backend": "triton"}), tmp_path)
+    for backend in ("triton", "flash_attn_4"):
+        with pytest.raises(BackendError, match=backend):
+            run_trial(_trial(runtime={"backend": backend}), tmp_path)
     if not torch.cuda.is_available():
         with pytest.raises(ResourceError, match="finds no GPU"):
             run_trial(_trial(runtime={"device": "cuda"}), tmp_path)

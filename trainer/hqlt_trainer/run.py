@@ -7,10 +7,10 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from hqlt_kernels.backends import BackendUnavailableError, Operator, choose_backend
-from hqlt_search_space.arch import Arch
+from hqlt_kernels.backends import BackendUnavailableError, Choice, Operator, choose_backend, keys_seen
 from hqlt_search_space.errors import BackendError, DataError
-from hqlt_search_space.mixers import Attention, FastWeight, Hybrid
+from hqlt_search_space.mixers import Attention, FastWeight, Hybrid, Mixer
+from hqlt_search_space.rules import Additive, DeltaProduct
 from hqlt_search_space.tasks import Nothing, context_length
 from hqlt_search_space.trial import Backend, ReplicaResult, Trial, TrialResult
 
@@ -153,30 +153,49 @@ def _backends(trial: Trial) -> tuple[Backend, ...]:
     """
     config, runtime = trial.config, trial.runtime
     dtype = torch.bfloat16 if config.recipe.precision == "bfloat16" else torch.float32
-    found = []
-    for operator, head_dim in _operators(config.arch):
+    context = context_length(config.task)
+    found: list[Choice] = []
+
+    def choose(operator: Operator, mixer: Mixer) -> Choice:
+        window = None if isinstance(mixer, FastWeight) else mixer.window
         try:
-            choice = choose_backend(
-                operator, device=runtime.device, dtype=dtype, head_dim=head_dim, forced=runtime.backend
+            return choose_backend(
+                operator,
+                device=runtime.device,
+                dtype=dtype,
+                head_dim=config.arch.d_model // mixer.n_heads,
+                keys=keys_seen(window, context),
+                forced=runtime.backend,
             )
         except BackendUnavailableError as error:
             raise BackendError(str(error)) from error
-        found.append(Backend(operator=choice.operator, backend=choice.backend, reason=choice.reason))
-    return tuple(dict.fromkeys(found))
 
-
-def _operators(arch: Arch) -> list[tuple[Operator, int]]:
-    """The operators that `arch` calls, with their head widths."""
-    found: list[tuple[Operator, int]] = []
-    for mixer in arch.layers:
-        head_dim = arch.d_model // mixer.n_heads
+    for mixer in config.arch.layers:
         if isinstance(mixer, Hybrid):
-            found.append(("blend", head_dim))
+            blend, parts = choose("blend", mixer), _why_of_parts(mixer, context)
+            if blend.backend == "triton" and parts is not None:
+                blend = Choice("blend", "chunked", f"of its parts: {parts}")
+            found.append(blend)
+            if blend.backend == "triton":
+                continue
         if not isinstance(mixer, FastWeight):
-            found.append(("window_attention", head_dim))
+            found.append(choose("window_attention", mixer))
         if not isinstance(mixer, Attention):
-            found.append((mixer.rule.kind, head_dim))
-    return found
+            found.append(choose(mixer.rule.kind, mixer))
+    return tuple(Backend(operator=c.operator, backend=c.backend, reason=c.reason) for c in dict.fromkeys(found))
+
+
+def _why_of_parts(mixer: Hybrid, context: int) -> str | None:
+    """Why the kernels of the whole blend cannot run this one; None if they can. See `hqlt_kernels.blend.operator`."""
+    if isinstance(mixer.rule, DeltaProduct):
+        return "several writes a token"
+    if isinstance(mixer.rule, Additive) and mixer.rule.normaliser != "none":
+        return f"normaliser {mixer.rule.normaliser}"
+    if mixer.fw_positions != "none":
+        return "positions in FW-memory"
+    if mixer.window is None and keys_seen(None, context) is None:
+        return "attention to all keys"
+    return None
 
 
 def _nothing(trial: Trial) -> TrialResult:
