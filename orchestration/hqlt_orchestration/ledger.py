@@ -23,7 +23,7 @@ from uuid import uuid4
 
 import sqlalchemy as sa
 from hqlt_search_space.errors import StoreError, UnknownNameError
-from hqlt_search_space.trial import Config, TrialResult
+from hqlt_search_space.trial import Config, ReplicaResult, TrialResult
 
 from hqlt_orchestration.database import make_engine, patiently, schema_lock, shown, store_errors
 from hqlt_orchestration.executor import AttemptKey
@@ -361,7 +361,7 @@ class Ledger:
             won = tx.execute(
                 ATTEMPTS.update()
                 .where(_is(ATTEMPTS, study, lease), ATTEMPTS.c.state == "running")
-                .values(state="complete", ended_at=time.time(), step=result.step)
+                .values(state="complete", ended_at=time.time(), step=result.step, message=spared_memory(result))
             )
             if not won.rowcount:
                 return None
@@ -537,6 +537,13 @@ class Ledger:
             tx.execute(RUNGS.insert().values(**key, objectives=json.dumps(dict(objectives))))
             rows = tx.execute(sa.select(RUNGS).where(RUNGS.c.study == study, RUNGS.c.step == step))
             return {(row.number, row.seed): json.loads(row.objectives) for row in rows}
+
+
+def spared_memory(result: ReplicaResult) -> str | None:
+    """A sentence for a result that took smaller micro-batches than the recipe's."""
+    if result.accumulation is None or result.status == "failed":
+        return None
+    return f"memory was too small; trained with {result.accumulation} micro-batches a step"
 
 
 def _create_schema(url: str, engine: sa.Engine) -> None:

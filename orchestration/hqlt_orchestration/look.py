@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def status(name: str | None, store: Store, *, as_json: bool, watch: bool) -> Non
     """
     ledger = store.open_existing()
     while True:
-        text = _list_text(ledger) if name is None else _status_text(ledger, name, as_json=as_json)
+        text = _list_text(ledger) if name is None else status_text(ledger, name, as_json=as_json)
         if watch and sys.stdout.isatty():
             print("\x1b[H\x1b[2J", end="")
         print(text, flush=True)
@@ -58,7 +59,7 @@ def _list_text(ledger: Ledger) -> str:
     return "\n".join(lines)
 
 
-def _status_text(ledger: Ledger, name: str, *, as_json: bool) -> str:
+def status_text(ledger: Ledger, name: str, *, as_json: bool) -> str:
     row = ledger.study(name)
     counts = ledger.counts(name)
     results = study_results(ledger, name)
@@ -85,6 +86,7 @@ def _status_text(ledger: Ledger, name: str, *, as_json: bool) -> str:
     elif members:
         lines += ["", front_text(results).rstrip()]
     lines += _failures(ledger, results)
+    lines += _incidents(ledger, name)
     if row.state != "complete":
         lines += ["", f"continue with: hqlt study resume {name}"]
     return "\n".join(lines)
@@ -117,6 +119,19 @@ def _failures(ledger: Ledger, results: StudyResults) -> list[str]:
     if len(bad) > SHOWN_FAILURES:
         lines.append(f"and {len(bad) - SHOWN_FAILURES} more")
     return lines
+
+
+def _incidents(ledger: Ledger, name: str) -> Iterator[str]:
+    """What went wrong on the way and was mended."""
+    attempts = ledger.attempts(name)
+    ended = Counter(attempt.state for attempt in attempts)
+    words = {"crashed": "crashed", "hung": "hung", "out_of_memory": "out of memory", "lost": "lost with their driver"}
+    found = [f"{ended[state]} {word}" for state, word in words.items() if ended[state]]
+    if found:
+        yield f"attempts that came to no result: {', '.join(found)}"
+    for attempt in attempts:
+        if attempt.state == "complete" and attempt.message:
+            yield f"trial {attempt.number}, seed {attempt.seed}: {attempt.message}"
 
 
 def _last_line(text: str) -> str:
