@@ -259,24 +259,30 @@ class Proposer:
 
 def open_optuna(url: str) -> BaseStorage:
     """Optuna's storage at `url`, whose tables are there, cached in memory."""
+    return get_storage(_open_tables(url))
+
+
+def _open_tables(url: str) -> RDBStorage:
     options = engine_options(url)
     storage = patiently(url, lambda: RDBStorage(url, options, skip_table_creation=True, skip_compatibility_check=True))
     if url.startswith("sqlite"):
         sa.event.listen(storage.engine, "connect", lambda connection, _record: configure_sqlite(connection))
-    return get_storage(storage)
+    return storage
 
 
 def stored_history(url: str, name: str) -> dict[int, list[FrozenTrial]]:
     """A study's trials in Optuna's tables, by their number in the ledger; nothing is written."""
     found: dict[int, list[FrozenTrial]] = {}
-    storage = open_optuna(url)
-    try:
-        for trial in storage.get_all_trials(storage.get_study_id_from_name(name), deepcopy=False):
-            found.setdefault(trial.user_attrs[NUMBER], []).append(trial)
-    except KeyError:  # the study's first driver died before it wrote any
-        return {}
-    finally:
-        storage.remove_session()
+    with store_errors(url):
+        storage = _open_tables(url)
+        try:
+            for trial in storage.get_all_trials(storage.get_study_id_from_name(name), deepcopy=False):
+                found.setdefault(trial.user_attrs[NUMBER], []).append(trial)
+        except KeyError:  # the study's first driver died before it wrote any
+            return {}
+        finally:
+            storage.remove_session()
+            storage.engine.dispose()
     return found
 
 

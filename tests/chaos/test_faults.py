@@ -115,7 +115,7 @@ def test_a_full_disk_ends_the_command_with_a_sentence_and_room_lets_it_go_on(mak
     driver = lab.run("--executor", "inline")
     wait_for_training(lab, driver, steps=100)
     lab.disk.fill()
-    assert driver.wait(PATIENCE_S) == 1
+    assert driver.wait(PATIENCE_S) != 0
     assert "full" in driver.said
     assert "Traceback" not in driver.said
     lab.disk.free()
