@@ -1,6 +1,8 @@
 """What any database under the ledger must do."""
 
+import itertools
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -188,6 +190,31 @@ def test_a_driver_is_not_dead_because_nobody_could_look_for_hours(ledger: Ledger
     watch = DriverWatch(stale_after_s=60, clock=lambda: next(times))
     assert watch.dead([driver]) == []
     assert watch.dead([driver]) == []
+
+
+def test_no_lease_is_lost_when_the_wall_clock_jumps(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = itertools.cycle([1.7e9, 1.7e9 + 3600, 1.7e9 - 3600, 0.0])
+    monkeypatch.setattr(time, "time", lambda: next(times))
+    keys = [claimed(ledger, 8 * width) for width in (1, 2, 3)]
+    watch = DriverWatch()
+    for key, driver in zip(keys, ledger.drivers("s"), strict=True):
+        assert watch.dead(ledger.drivers("s")) == []
+        assert ledger.beat("s", driver.id, {key: 7}) == []
+        assert ledger.forget_drivers("s", watch.dead(ledger.drivers("s"))) == []
+    assert [ledger.commit("s", key, outcome()) for key in keys] == ["complete"] * 3
+
+
+def test_a_driver_that_stands_still_on_this_machine_loses_its_trials_and_is_told(ledger: Ledger) -> None:
+    key = claimed(ledger)
+    (driver,) = ledger.drivers("s")
+    now = 0.0
+    watch = DriverWatch(stale_after_s=60, clock=lambda: now)
+    assert watch.dead([driver]) == []
+    now = 61.0
+    assert watch.dead([driver]) == [driver]
+    assert ledger.forget_drivers("s", [driver]) == [(key, "waiting")]
+    assert ledger.beat("s", driver.id, {key: 9}) is None
+    assert ledger.attempts("s")[0].step == 0
 
 
 def test_a_trial_is_the_sum_of_its_replicas_but_not_of_its_replication(ledger: Ledger) -> None:
