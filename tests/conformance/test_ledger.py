@@ -207,11 +207,10 @@ def test_no_lease_is_lost_when_the_wall_clock_jumps(ledger: Ledger, monkeypatch:
 def test_a_driver_that_stands_still_on_this_machine_loses_its_trials_and_is_told(ledger: Ledger) -> None:
     key = claimed(ledger)
     (driver,) = ledger.drivers("s")
-    now = 0.0
-    watch = DriverWatch(stale_after_s=60, clock=lambda: now)
-    assert watch.dead([driver]) == []
-    now = 61.0
-    assert watch.dead([driver]) == [driver]
+    times = itertools.count(step=5.0)
+    watch = DriverWatch(stale_after_s=60, clock=lambda: next(times))
+    looks = [watch.dead([driver]) for _ in range(14)]
+    assert looks == [[]] * 13 + [[driver]]
     assert ledger.forget_drivers("s", [driver]) == [(key, "waiting")]
     assert ledger.beat("s", driver.id, {key: 9}) is None
     assert ledger.attempts("s")[0].step == 0
