@@ -37,12 +37,21 @@ def tokens(inputs: dict[str, Tensor], start: int, end: int) -> dict[str, Tensor]
     return {name: x[:, start:end] for name, x in inputs.items()}
 
 
+def answers_of(inputs: dict[str, Tensor], **options) -> tuple[Tensor, Tensor, Tensor]:
+    """kv and fw, and of a second call, with the gate, mixed."""
+    alone = blend(**{name: x for name, x in inputs.items() if name != "gate"}, feature_map="silu_l2", **options)
+    mixed = blend(**inputs, feature_map="silu_l2", **options).mixed
+    assert alone.kv is not None
+    assert alone.fw is not None
+    assert mixed is not None
+    return alone.kv, alone.fw, mixed
+
+
 def run(inputs: dict[str, Tensor], **options) -> dict[str, Tensor]:
     """Both answers, the mix, and the gradients of a weighted sum of all three."""
     inputs = {name: x.clone().requires_grad_() for name, x in inputs.items()}
-    out = blend(**inputs, feature_map="silu_l2", **options)
+    answers = answers_of(inputs, **options)
     generator = torch.Generator().manual_seed(1)
-    answers = [out.kv, out.fw, out.mixed]
     loss = sum((x * torch.randn(x.shape, generator=generator, dtype=x.dtype)).sum() for x in answers)
     gradients = torch.autograd.grad(loss, list(inputs.values()), materialize_grads=True)
     return dict(zip(("kv", "fw", "mixed", *inputs), (*(x.detach() for x in answers), *gradients), strict=True))
@@ -134,10 +143,8 @@ def test_a_streaming_write_uses_the_strengths_of_the_token_that_arrives_unless_t
         missing = x["v"][:, leaving] - torch.einsum("bhk,bhkv->bhv", key, state)
         state = state + torch.einsum("bhk,bhv->bhkv", key, x["beta"][:, strengths, :, None] * missing)
         expected[:, t] = torch.einsum("bhk,bhkv->bhv", phi_q[:, t], state) / math.sqrt(6)
-    out = blend(
-        **x, timing="delayed_streaming", window=window, delay_beta=delay_beta, feature_map="silu_l2", backend=backend
-    )
-    torch.testing.assert_close(out.fw, expected)
+    options = {"timing": "delayed_streaming", "window": window, "delay_beta": delay_beta, "backend": backend}
+    torch.testing.assert_close(answers_of(x, **options)[1], expected)
 
 
 @pytest.mark.parametrize("timing", ["delayed_streaming", "delayed_chunk"])
@@ -155,9 +162,9 @@ def test_an_empty_memory_adds_nothing_to_a_normaliser(timing):
 
 def test_in_a_delta_product_attention_takes_the_last_write():
     x = make(20, writes=3)
-    out = blend(**x, timing="synchronous", window=5, feature_map="silu_l2", kv_rope_base=10.0)
+    kv, _, _ = answers_of(x, timing="synchronous", window=5, kv_rope_base=10.0)
     last = blend(x["q"], x["k"][:, :, 2], x["v"][:, :, 2], timing="synchronous", window=5, kv_rope_base=10.0)
-    torch.testing.assert_close(out.kv, last.kv)
+    torch.testing.assert_close(kv, last.kv)
 
 
 @pytest.mark.parametrize("backend", ["definition", "chunked"])
@@ -206,11 +213,9 @@ def test_a_synchronous_blend_may_see_all_keys():
 
 def test_the_gate_mixes_convexly():
     inputs = make(10)
-    out = blend(**inputs, timing="synchronous", window=4, feature_map="silu_l2")
+    kv, fw, mixed = answers_of(inputs, timing="synchronous", window=4)
     share = inputs["gate"].sigmoid()
-    torch.testing.assert_close(out.mixed, share * out.fw + (1 - share) * out.kv)
-    inputs.pop("gate")
-    assert blend(**inputs, timing="synchronous", window=4, feature_map="silu_l2").mixed is None
+    torch.testing.assert_close(mixed, share * fw + (1 - share) * kv)
 
 
 # Carrying on
@@ -225,8 +230,9 @@ def test_the_gate_mixes_convexly():
     delay_beta=st.booleans(),
     chunks=st.integers(1, 3),
     backend=st.sampled_from(["definition", "chunked"]),
+    mixes=st.booleans(),
 )
-def test_any_split_of_a_sequence_is_the_whole(timing, window, parts, writes, delay_beta, chunks, backend):
+def test_any_split_of_a_sequence_is_the_whole(timing, window, parts, writes, delay_beta, chunks, backend, mixes):
     options = {
         "timing": timing,
         "window": window,
@@ -239,13 +245,15 @@ def test_any_split_of_a_sequence_is_the_whole(timing, window, parts, writes, del
         "backend": backend,
     }
     inputs = make(sum(parts), batch=1, writes=writes)
+    if not mixes:
+        inputs.pop("gate")
     whole = blend(**inputs, **options)
     outputs, state = [], None
     for start, end in itertools.pairwise([0, *itertools.accumulate(parts)]):
         out = blend(**tokens(inputs, start, end), **options, state=state)
         state = out.state
         outputs.append(out)
-    for name in ("kv", "fw", "mixed"):
+    for name in ("mixed",) if mixes else ("kv", "fw"):
         torch.testing.assert_close(torch.cat([getattr(out, name) for out in outputs], 1), getattr(whole, name))
     torch.testing.assert_close(state.fw, whole.state.fw)
     torch.testing.assert_close(state.recent.k, whole.state.recent.k)
@@ -298,14 +306,13 @@ def test_gradients_flow_through_a_carried_state():
 @pytest.mark.parametrize("timing", TIMINGS)
 def test_a_token_changes_nothing_before_it_to_the_bit(timing):
     inputs = {name: x.float() for name, x in make(60).items()}
-    options = {"timing": timing, "window": 8, "feature_map": "silu_l2"}
-    before = blend(**inputs, **options)
+    options = {"timing": timing, "window": 8}
+    before = answers_of(inputs, **options)
     changed = {name: x.clone() for name, x in inputs.items()}
     for x in changed.values():
         x[:, 37] = -0.5
-    after = blend(**changed, **options)
-    for name in ("kv", "fw", "mixed"):
-        assert torch.equal(getattr(after, name)[:, :37], getattr(before, name)[:, :37])
+    for x, y in zip(answers_of(changed, **options), before, strict=True):
+        assert torch.equal(x[:, :37], y[:, :37])
 
 
 @pytest.mark.parametrize("writes", [None, 2])
@@ -317,9 +324,7 @@ def test_vmap_over_replicas_is_a_loop_over_replicas(timing, writes):
     stacked = [torch.stack([inputs[name] for inputs in replicas]).requires_grad_() for name in NAMES]
 
     def replica(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        out = blend(**dict(zip(NAMES, tensors, strict=True)), feature_map="silu_l2", **options)
-        assert out.mixed is not None
-        return out.kv, out.fw, out.mixed
+        return answers_of(dict(zip(NAMES, tensors, strict=True)), **options)
 
     answers = torch.func.vmap(replica)(*stacked)
     generator = torch.Generator().manual_seed(1)

@@ -47,9 +47,11 @@ def public(backend, **options):
     return run
 
 
-def check(*, dtype=torch.float32, timing, window=16, delay_beta=False, fw_chunk=None, **case) -> None:
-    options = {"timing": timing, "window": window, "delay_beta": delay_beta, "kv_rope_base": 1e4}
-    options |= {"feature_map": "silu_l2"} | ({} if fw_chunk is None else {"fw_chunk": fw_chunk})
+def check(
+    *, dtype=torch.float32, timing, window=16, delay_beta=False, fw_chunk=None, rope=1e4, features="silu_l2", **case
+) -> None:
+    options = {"timing": timing, "window": window, "delay_beta": delay_beta, "kv_rope_base": rope}
+    options |= {"feature_map": features} | ({} if fw_chunk is None else {"fw_chunk": fw_chunk})
     tensors = inputs(dtype=dtype, **case)
     stored = [dtype] * 3 + [torch.float32] * 2 + [dtype]
     truth = with_gradients(public("definition", **options), tensors, [torch.float64] * 6)
@@ -78,6 +80,26 @@ def test_one_operator_is_the_blend_and_all_its_gradients(timing, decay):
 )
 def test_options_of_the_blend(case):
     check(**case)
+
+
+SHORT = [
+    {"timing": "synchronous", "window": 8, "n_tokens": 40},
+    {"timing": "synchronous", "window": None, "n_tokens": 64, "decay": True, "gate": False},
+    {"timing": "synchronous", "window": 3, "n_tokens": 1, "beta": False, "features": "elu_plus_one"},
+    {"timing": "delayed_streaming", "window": 8, "n_tokens": 40, "decay": True},
+    {"timing": "delayed_streaming", "window": 1, "n_tokens": 15, "beta": False, "features": "elu_plus_one"},
+    {"timing": "delayed_streaming", "window": 16, "n_tokens": 10, "gate": False},
+    {"timing": "delayed_chunk", "window": 16, "n_tokens": 40, "decay": True},
+    {"timing": "delayed_chunk", "window": 5, "fw_chunk": 10, "n_tokens": 33, "gate": False, "features": "relu_l2"},
+]
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("case", SHORT, ids=lambda c: "-".join(map(str, c.values())))
+def test_a_short_sequence_is_one_program_with_all_its_gradients(case):
+    q, _, v, *_ = inputs(dtype=torch.float32, n_tokens=case["n_tokens"])
+    assert blend_operator.is_short(q, v, 0.0)
+    check(**case, rope=None)
 
 
 def test_replicas_under_vmap_are_one_call_each():

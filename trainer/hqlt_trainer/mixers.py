@@ -21,8 +21,9 @@ from typing import Any, Literal, assert_never
 import torch
 from hqlt_kernels.backends import Forced
 from hqlt_kernels.blend import BlendState, blend
-from hqlt_kernels.block_parts import add_rms_norm, linear, norm_linear, rms_norm, short_convolution
+from hqlt_kernels.block_parts import add_rms_norm, linear, norm_linear, rms_norm
 from hqlt_kernels.fast_weight import fast_weight
+from hqlt_kernels.projections import embed, split_projections, take_rows
 from hqlt_kernels.rotary import rotate
 from hqlt_kernels.window_attention import window_attention
 from hqlt_search_space import rules
@@ -64,12 +65,7 @@ class Embedding(nn.Embedding):
     """A vector for each token."""
 
     def forward(self, tokens: Tensor) -> Tensor:
-        if self.weight.dim() == 2:
-            return functional.embedding(tokens, self.weight)
-        n_replicas, vocab_size, _ = self.weight.shape
-        first = torch.arange(0, n_replicas * vocab_size, vocab_size, device=tokens.device)
-        rows = tokens.view(n_replicas, -1) + first[:, None]
-        return functional.embedding(rows.view(tokens.shape), self.weight.flatten(0, 1))
+        return embed(tokens, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -104,19 +100,20 @@ class ShortConvolution(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, taps))
 
     def forward(
-        self, x: Tensor, before: Tensor | None, widths: tuple[int, int, int], activate: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """[B, T, channels] and the last taps - 1 inputs before it -> q, k and v of these widths, and the last taps - 1
-        inputs now. With `activate`, SiLU of v.
+        self, rows: Tensor, before: Tensor | None, widths: tuple[int, ...], activate: bool
+    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """The columns of `rows` [B, T, at least their sum] in parts of seven widths, of which q, k and v are filtered.
 
-        `before` None is the start of a sequence, and then there is no last value.
+        `before` are the last taps - 1 inputs of the filters before the first token, zeros at the start of a sequence;
+        with them the second result is the last taps - 1 inputs now. With `activate`, SiLU of v.
         """
         if before is None:
-            return *short_convolution(x, self.weight, widths, activate), None
+            return split_projections(rows, self.weight, widths, activate), None
+        x, *rest = torch.split(rows, [sum(widths[:3]), *widths[3:], rows.shape[-1] - sum(widths)], dim=-1)
         x = torch.cat([before, x], dim=1)
         n_before = before.shape[1]
-        q, k, v = (part[:, n_before:] for part in short_convolution(x, self.weight, widths, activate))
-        return q, k, v, x[:, x.shape[1] - n_before :]
+        filtered = split_projections(x, self.weight, (*widths[:3], 0, 0, 0, 0), activate)[:3]
+        return (*(part[:, n_before:] for part in filtered), *rest[:-1]), x[:, x.shape[1] - n_before :]
 
 
 @dataclass(frozen=True)
@@ -229,7 +226,7 @@ class MixerLayer(nn.Module):
             after = LayerState(after.position + rows.shape[1], conv, after.kv, after.fw, after.blend)
         gate = projected.gate
         if at is not None:
-            o, gate = o.flatten(0, 1).index_select(0, at), gate.flatten(0, 1).index_select(0, at)
+            o, gate = take_rows(o.flatten(0, 1), at), take_rows(gate.flatten(0, 1), at)
         if self.output_gate and o.shape[-1] > self.head_dim:  # in `concat`, whose two halves share the gate
             gate = torch.cat([self._heads(gate)] * 2, dim=-1).flatten(-2)
         if self.output_norm is not None:
@@ -255,10 +252,9 @@ class MixerLayer(nn.Module):
         return -sum(self.widths) % ALIGNED if self.in_proj.weight.is_cuda else 0
 
     def _split(self, rows: Tensor, state: LayerState | None) -> tuple[Projected, Tensor | None]:
-        n_unused = self._n_unused
         conv = None
         if self.short_conv is None:
-            q, k, v, beta, decay, mixing, gate, _ = torch.split(rows, [*self.widths, n_unused], dim=-1)
+            q, k, v, beta, decay, mixing, gate, _ = torch.split(rows, [*self.widths, self._n_unused], dim=-1)
             if self.rule is not None:  # a copy on a GPU, or the backward of SiLU would keep all of `rows`
                 v = functional.silu(v.contiguous() if v.is_cuda else v)
         else:
@@ -266,8 +262,8 @@ class MixerLayer(nn.Module):
             if state is not None:
                 pad = self.short_conv.weight.shape[1] - 1
                 before = state.conv if state.conv is not None else rows.new_zeros(len(rows), pad, self.qkv_width)
-            qkv, beta, decay, mixing, gate, _ = torch.split(rows, [self.qkv_width, *self.widths[3:], n_unused], dim=-1)
-            q, k, v, conv = self.short_conv(qkv, before, self.widths[:3], self.rule is not None)
+            parts, conv = self.short_conv(rows, before, self.widths, self.rule is not None)
+            q, k, v, beta, decay, mixing, gate = parts
         return Projected(self._heads(q), self._writes(k), self._writes(v), beta, decay, mixing, gate), conv
 
     def _write_arguments(self, rule: rules.Rule, projected: Projected) -> dict[str, Any]:
@@ -391,6 +387,8 @@ class HybridLayer(MixerLayer):
         after = None if state is None else LayerState(state.position, blend=out.state)
         if out.mixed is not None:
             return out.mixed, after
+        assert out.kv is not None  # without a gate
+        assert out.fw is not None
         return self._mix(out.kv, out.fw, projected.mixing), after
 
     def _mix(self, kv: Tensor, fw: Tensor, logits: Tensor) -> Tensor:

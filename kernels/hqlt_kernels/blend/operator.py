@@ -48,7 +48,8 @@ def blend(
     `kv_rope_base` and `fw_rope_base` turn queries and keys by their positions as they enter a branch, in FW-memory
     before the feature map.
 
-    `gate` [B, T, H, V] are logits: mixed = sigmoid(gate) fw + (1 - sigmoid(gate)) kv.
+    `gate` [B, T, H, V] are logits: mixed = sigmoid(gate) fw + (1 - sigmoid(gate)) kv. Then `mixed` is all that is
+    returned, and a fused kernel need not write the two answers.
 
     `state` is what an earlier call returned for `return_state=True`; any split of a sequence, down to one token at a
     time, gives what the whole gives. Without it the sequence starts at position 0. Works under `torch.func.vmap`.
@@ -106,8 +107,9 @@ def blend(
         return_state=return_state,
         backend=backend,
     )
-    mixed = None if gate is None else torch.lerp(kv, fw, gate.sigmoid().to(kv.dtype))
-    return BlendOutput(kv, fw, mixed, next_state)
+    if gate is None:
+        return BlendOutput(kv, fw, None, next_state)
+    return BlendOutput(None, None, torch.lerp(kv, fw, gate.sigmoid().to(kv.dtype)), next_state)
 
 
 def _check(timing: Timing, window: int | None, fw_chunk: int | None) -> None:

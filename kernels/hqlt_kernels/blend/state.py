@@ -70,9 +70,9 @@ class BlendState:
 
 
 class BlendOutput(NamedTuple):
-    """The answers [B, T, H, V] of both memories; `mixed` is None without a gate, `state` unless it was asked for."""
+    """The answers [B, T, H, V] of both memories, or with a gate their mix alone; `state` if it was asked for."""
 
-    kv: Tensor
-    fw: Tensor
+    kv: Tensor | None
+    fw: Tensor | None
     mixed: Tensor | None
     state: BlendState | None

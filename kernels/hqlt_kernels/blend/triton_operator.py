@@ -4,6 +4,8 @@ The fast weights' scans are serial in time and leave most of the card idle; the 
 the two run on two CUDA streams, the scans' with priority (else they wait until the window's kernels have ended), and
 join before the mix (forward) and before the last kernel, which adds the two
 branches' gradients of q, k and v (backward). A delay is a shift of the pointers to keys and values: nothing is copied.
+
+Sequences that fit one tile have no scan. Each head is one program forward and one backward (triton_short_kernels.py).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hqlt_kernels.blend import triton_kernels as kernels
+from hqlt_kernels.blend import triton_short_kernels as short_kernels
 from hqlt_kernels.blend.state import Timing
 from hqlt_kernels.fast_weight import triton_operator as fast_weight
 from hqlt_kernels.feature_maps import FEATURE_MAPS, FeatureMap
@@ -39,8 +42,8 @@ def blend(
     fw_chunk: int | None,
     feature_map: FeatureMap,
     kv_rope_base: float | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """kv, fw and mixed [B, T, H, V] of whole sequences from position 0; one write a token, no normaliser."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """kv and fw, or with a gate mixed alone, [B, T, H, V]; whole sequences from position 0, one write a token."""
     out_dtype = v.dtype
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     if torch.is_autocast_enabled(q.device.type):
@@ -71,7 +74,7 @@ def blend(
         shift,
         torch.is_grad_enabled(),
     )
-    return kv.to(out_dtype), fw.to(out_dtype), None if gate is None else mixed.to(out_dtype)
+    return (kv.to(out_dtype), fw.to(out_dtype), None) if gate is None else (None, None, mixed.to(out_dtype))
 
 
 def run_forward(
@@ -90,7 +93,10 @@ def run_forward(
     shift: int,
     save: bool,
 ) -> list[Tensor]:
-    """kv, fw, mixed (empty without a gate), lse, and what `fast_weight_forward` returns after its first output."""
+    """kv, fw, mixed (those that are not asked for may be empty); then, unless the sequence is short, what the backward
+    needs: lse, and what `fast_weight_forward` returns after its first output."""
+    if is_short(q, v, rope_base):
+        return _short_forward(q, k, v, beta, log_decay, gate, window, aligned, feature, scale, read, shift)
     with _beside(q.device) as join:
         fw, *saved = fast_weight.run_forward(q, k, v, beta, log_decay, None, feature, scale, read, shift, save)
     kv, lse = window_attention.run_forward(q, k, v, window, rope_base, aligned, 0, scale)
@@ -113,9 +119,6 @@ def run_backward(
     beta: Tensor | None,
     log_decay: Tensor | None,
     gate: Tensor | None,
-    kv: Tensor,
-    fw: Tensor,
-    lse: Tensor,
     saved: list[Tensor],
     dkv: Tensor | None,
     dfw: Tensor | None,
@@ -128,8 +131,13 @@ def run_backward(
     read: int,
     shift: int,
 ) -> list[Tensor]:
-    """Gradients of q, k, v, beta, log_decay and gate (empty where there is none)."""
-    _final, q_features, k_features, transfer, gates, norms, states, writes = saved
+    """Gradients of q, k, v, beta, log_decay and gate (empty where there is none). `saved`: the outputs of
+    `blend_forward`, or nothing if the sequence is short."""
+    if not saved:
+        return _short_backward(
+            q, k, v, beta, log_decay, gate, dkv, dfw, dmixed, window, aligned, feature, scale, read, shift
+        )
+    kv, fw, _mixed, lse, _final, q_features, k_features, transfer, gates, norms, states, writes = saved
     dgate = q.new_empty(0)
     if gate is not None and dmixed is not None:
         dgate = torch.empty_like(gate)
@@ -162,6 +170,92 @@ blend_backward = torch.library.custom_op("hqlt::blend_backward", run_backward, m
 
 BLOCK = 2048
 
+SHORT = 64  # tokens that one program takes
+SHORT_HEAD_DIM = 64
+
+
+def is_short(q: Tensor, v: Tensor, rope_base: float) -> bool:
+    """Whether a head is one program. Positions are not turned there: the models for short sequences have none."""
+    return q.shape[1] <= SHORT and max(q.shape[-1], v.shape[-1]) <= SHORT_HEAD_DIM and rope_base == 0
+
+
+def _short_constants(
+    q: Tensor, v: Tensor, beta: Tensor | None, log_decay: Tensor | None, aligned: bool, feature: int, read: int
+) -> dict[str, Any]:
+    return {
+        "H": q.shape[2],
+        "K": q.shape[-1],
+        "V": v.shape[-1],
+        "BT": max(16, triton.next_power_of_2(q.shape[1])),
+        "READ": read,
+        "ALIGNED": aligned,
+        "FEATURE": feature,
+        "DELTA": beta is not None,
+        "DECAY": log_decay is not None,
+        "TINY": fast_weight._tiny(q.dtype),
+        "PREC": "tf32x3" if q.dtype == torch.float32 else "tf32",
+        "num_warps": 4,
+        "num_stages": 1,
+    }
+
+
+def _short_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    log_decay: Tensor | None,
+    gate: Tensor | None,
+    window: int,
+    aligned: bool,
+    feature: int,
+    scale: float,
+    read: int,
+    shift: int,
+) -> list[Tensor]:
+    kv, fw, mixed = outputs = _answers(v, gate)
+    short_kernels.short_forward_kernel[(q.shape[0] * q.shape[2],)](
+        q, k, v, beta, log_decay, gate, kv, fw, mixed, q.shape[1], window, scale,
+        SHIFT=shift, MIX=gate is not None, **_short_constants(q, v, beta, log_decay, aligned, feature, read),
+    )  # fmt: skip
+    return outputs
+
+
+def _answers(v: Tensor, gate: Tensor | None) -> list[Tensor]:
+    """Room for kv and fw, or for mixed; the others are empty."""
+    nothing = [v.new_empty(0) for _ in range(2)]
+    if gate is not None:
+        return [*nothing, torch.empty_like(v)]
+    return [torch.empty_like(v), torch.empty_like(v), v.new_empty(0)]
+
+
+def _short_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    log_decay: Tensor | None,
+    gate: Tensor | None,
+    dkv: Tensor | None,
+    dfw: Tensor | None,
+    dmixed: Tensor | None,
+    window: int,
+    aligned: bool,
+    feature: int,
+    scale: float,
+    read: int,
+    shift: int,
+) -> list[Tensor]:
+    gradients = [q.new_empty(0) if x is None else torch.empty_like(x) for x in (q, k, v, beta, log_decay, gate)]
+    if gate is None:
+        dkv = torch.zeros_like(v) if dkv is None else dkv
+        dfw = torch.zeros_like(v) if dfw is None else dfw
+    short_kernels.short_backward_kernel[(q.shape[0] * q.shape[2],)](
+        q, k, v, beta, log_decay, gate, dkv, dfw, dmixed, *gradients, q.shape[1], window, scale,
+        SHIFT=shift, MIX=gate is not None, **_short_constants(q, v, beta, log_decay, aligned, feature, read),
+    )  # fmt: skip
+    return gradients
+
 
 @contextmanager
 def _beside(device: torch.device) -> Iterator[Any]:
@@ -185,6 +279,8 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 @blend_forward.register_fake
 def _(q, k, v, beta, log_decay, gate, window, rope_base, aligned, feature, scale, read, shift, save):  # type: ignore[no-untyped-def]  # torch calls it
+    if is_short(q, v, rope_base):
+        return _answers(v, gate)
     kv, lse = window_attention.window_forward(q, k, v, window, rope_base, aligned, 0, scale)
     fw, *saved = fast_weight.fast_weight_forward(q, k, v, beta, log_decay, None, feature, scale, read, shift, save)
     return [kv, fw, q.new_empty(0) if gate is None else torch.empty_like(kv), lse, *saved]
@@ -196,8 +292,7 @@ def _(q, k, v, beta, log_decay, gate, *_rest):  # type: ignore[no-untyped-def]  
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    kv, fw, _mixed, lse, *saved = output
-    ctx.save_for_backward(*inputs[:6], kv, fw, lse, *saved)
+    ctx.save_for_backward(*inputs[:6], *(output if len(output) > 3 else ()))
     ctx.options = inputs[6:-1]
     ctx.set_materialize_grads(False)
 
@@ -206,9 +301,9 @@ def _backward(
     ctx: Any, grads: Sequence[Tensor | None], run: Callable[..., list[Tensor]] = blend_backward
 ) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
-    inputs, outputs, saved = tensors[:6], tensors[6:9], list(tensors[9:])
-    contiguous = (None if g is None else g.contiguous() for g in grads[:3])
-    out = run(*inputs, *outputs, saved, *contiguous, *ctx.options)
+    inputs, saved = tensors[:6], list(tensors[6:])
+    given = (None if g is None else g.contiguous() for g in grads[:3])
+    out = run(*inputs, saved, *given, *ctx.options)
     return (*(None if x is None else g for x, g in zip(inputs, out, strict=True)), *(None,) * 8)
 
 

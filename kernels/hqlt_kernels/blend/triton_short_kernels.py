@@ -1,0 +1,232 @@
+"""Triton kernels of the blend of short sequences: a program computes both memories of one head, in one tile.
+
+The equations are those of `window_attention/triton_kernels.py` and `fast_weight/triton_kernels.py` with no state before
+the tile and none after it. Nothing is stored between forward and backward: a tile is computed again in less time than
+it takes to read.
+
+What the backward needs transposed, it computes transposed, with an accumulator only as a left or a right operand as it
+stands (i: a query or the time of a write; D the decay between the two, M = tril(U dR^T)^T):
+
+    dU^T = do^T P       dR^T = dU^T T       dq^T = k^T (D U do^T)       dk = (D U do^T) q - M^T k - (k^T M)^T
+"""
+
+# ruff: noqa: SIM108  # Triton compiles a subset of Python; `if` on a constexpr takes code out
+# What is inside @triton.jit is not Python to a type checker.
+# mypy: ignore-errors
+
+import triton
+import triton.language as tl
+
+from hqlt_kernels.fast_weight.triton_kernels import _features, _features_backward, _inverse, _readable
+from hqlt_kernels.window_attention.triton_kernels import LOG2E, NEVER, _visible
+
+
+@triton.jit
+def _attention(q, k, window, scale, BT: tl.constexpr, ALIGNED: tl.constexpr, PREC: tl.constexpr):
+    """The softmax weights [query, key] of KV-memory."""
+    i = tl.arange(0, BT)
+    s = tl.dot(q, tl.trans(k), input_precision=PREC) * (scale * LOG2E)
+    s = tl.where(_visible(i[:, None], i[None, :], window, 0, ALIGNED), s, NEVER)
+    p = tl.exp2(s - tl.max(s, 1)[:, None])
+    return p / tl.sum(p, 1)[:, None]
+
+
+@triton.jit
+def _gates(log_decay, head, ok, H: tl.constexpr, BT: tl.constexpr, READ: tl.constexpr, DECAY: tl.constexpr):
+    """log2 of gamma for keys and for queries."""
+    i = tl.arange(0, BT)
+    gk = tl.zeros((BT,), tl.float32)
+    gq = gk
+    if DECAY:
+        g = tl.load(log_decay + head + i * H, mask=ok, other=0.0).to(tl.float32) * LOG2E
+        gk = tl.cumsum(g, 0)
+        if READ == 0:
+            gq = gk
+        else:
+            gq = tl.sum(tl.where((i[None, :] // READ) < (i[:, None] // READ), g[None, :], 0.0), 1)
+    return gk, gq
+
+
+@triton.jit
+def _transfer(
+    k, b, gk, BT: tl.constexpr, DECAY: tl.constexpr, TYPE: tl.constexpr, PREC: tl.constexpr
+):  # fmt: skip
+    """T, so that the writes are T v."""
+    i = tl.arange(0, BT)
+    lower = i[:, None] > i[None, :]
+    A = tl.dot(k, tl.trans(k), input_precision=PREC) * b[None, :]
+    if DECAY:
+        A *= tl.exp2(tl.where(lower, gk[:, None] - gk[None, :], 0.0))
+    return (_inverse(tl.where(lower, A, 0.0), BT, PREC) * b[:, None]).to(TYPE)
+
+
+@triton.jit
+def _reads(q, k, gq, gk, BT: tl.constexpr, READ: tl.constexpr, DECAY: tl.constexpr, PREC: tl.constexpr):
+    """The weights [query, write] of FW-memory."""
+    i = tl.arange(0, BT)
+    seen = _readable(i[:, None], i[None, :], READ)
+    P = tl.dot(q, tl.trans(k), input_precision=PREC)
+    if DECAY:
+        P *= tl.exp2(tl.where(seen, gq[:, None] - gk[None, :], 0.0))
+    return tl.where(seen, P, 0.0)
+
+
+@triton.jit
+def _across(x, READ: tl.constexpr, BT: tl.constexpr):
+    """At t, the sum of x [write j, read i] over the pairs that a decay at t comes between: j < t, i reads after it."""
+    t = tl.arange(0, BT)
+    before = tl.cumsum(x, 0) - x
+    return tl.sum(tl.where(_readable(t[None, :], t[:, None], READ), before, 0.0), 1)
+
+
+@triton.jit
+def short_forward_kernel(
+    q, k, v, beta, log_decay, gate, kv, fw, mixed, T, window, scale,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, READ: tl.constexpr, SHIFT: tl.constexpr,
+    ALIGNED: tl.constexpr, FEATURE: tl.constexpr, DELTA: tl.constexpr, DECAY: tl.constexpr, MIX: tl.constexpr,
+    TINY: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """kv and fw, or with MIX mixed, [B, T, H, V]; T at most BT. Grid B * H."""
+    bh = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BT)
+    ok = i < T
+    head = (bh // H) * T * H + bh % H
+    keys = head * K + i[:, None] * (H * K) + tl.arange(0, K)[None, :]
+    values = head * V + i[:, None] * (H * V) + tl.arange(0, V)[None, :]
+    TYPE: tl.constexpr = q.dtype.element_ty
+
+    xq = tl.load(q + keys, mask=ok[:, None], other=0.0)
+    xk = tl.load(k + keys, mask=ok[:, None], other=0.0)
+    xv = tl.load(v + values, mask=ok[:, None], other=0.0)
+    weights = _attention(xq, xk, window, scale, BT, ALIGNED, PREC)
+    answer_kv = tl.dot(weights.to(TYPE), xv, input_precision=PREC)
+
+    if SHIFT > 0:
+        ok_k = ok & (i >= SHIFT)
+        xk = tl.load(k + keys - SHIFT * H * K, mask=ok_k[:, None], other=0.0)
+        xv = tl.load(v + values - SHIFT * H * V, mask=ok_k[:, None], other=0.0)
+    else:
+        ok_k = ok
+    yq, _ = _features(xq.to(tl.float32), FEATURE, BT)
+    yk, _ = _features(xk.to(tl.float32), FEATURE, BT)
+    yk = tl.where(ok_k[:, None], yk, 0.0).to(TYPE)
+    gk, gq = _gates(log_decay, head, ok, H, BT, READ, DECAY)
+    if DELTA:
+        b = tl.load(beta + head + i * H, mask=ok, other=0.0).to(tl.float32)
+        b = tl.where(tl.abs(b) < TINY, TINY, b)
+        U = tl.dot(_transfer(yk, b, gk, BT, DECAY, TYPE, PREC), xv, input_precision=PREC).to(TYPE)
+    else:
+        U = xv
+    P = _reads((yq * scale).to(TYPE), yk, gq, gk, BT, READ, DECAY, PREC)
+    answer_fw = tl.dot(P.to(TYPE), U, input_precision=PREC)
+
+    if MIX:
+        s = tl.sigmoid(tl.load(gate + values, mask=ok[:, None], other=0.0).to(tl.float32))
+        tl.store(mixed + values, (answer_kv + s * (answer_fw - answer_kv)).to(TYPE), mask=ok[:, None])
+    else:
+        tl.store(kv + values, answer_kv.to(TYPE), mask=ok[:, None])
+        tl.store(fw + values, answer_fw.to(TYPE), mask=ok[:, None])
+
+
+@triton.jit
+def short_backward_kernel(
+    q, k, v, beta, log_decay, gate, dkv, dfw, dmixed, dq, dk, dv, dbeta, dlog_decay, dgate, T, window, scale,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, READ: tl.constexpr, SHIFT: tl.constexpr,
+    ALIGNED: tl.constexpr, FEATURE: tl.constexpr, DELTA: tl.constexpr, DECAY: tl.constexpr, MIX: tl.constexpr,
+    TINY: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """All gradients; those of kv and fw, or with MIX that of mixed, are given. Grid B * H."""
+    bh = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BT)
+    ok = i < T
+    head = (bh // H) * T * H + bh % H
+    keys = head * K + i[:, None] * (H * K) + tl.arange(0, K)[None, :]
+    values = head * V + i[:, None] * (H * V) + tl.arange(0, V)[None, :]
+    TYPE: tl.constexpr = q.dtype.element_ty
+
+    # FW-memory, forward
+    ok_k = ok & (i >= SHIFT)
+    xq = tl.load(q + keys, mask=ok[:, None], other=0.0)
+    xk = tl.load(k + keys - SHIFT * H * K, mask=ok_k[:, None], other=0.0)
+    xv = tl.load(v + values - SHIFT * H * V, mask=ok_k[:, None], other=0.0)
+    yq, norm_q = _features(xq.to(tl.float32), FEATURE, BT)
+    yk, norm_k = _features(xk.to(tl.float32), FEATURE, BT)
+    qb = (yq * scale).to(TYPE)
+    kb = tl.where(ok_k[:, None], yk, 0.0).to(TYPE)
+    gk, gq = _gates(log_decay, head, ok, H, BT, READ, DECAY)
+    if DELTA:
+        b = tl.load(beta + head + i * H, mask=ok, other=1.0).to(tl.float32)
+        b = tl.where(tl.abs(b) < TINY, TINY, b)
+        X = _transfer(kb, b, gk, BT, DECAY, TYPE, PREC)
+        U = tl.dot(X, xv, input_precision=PREC).to(TYPE)
+    else:
+        U = xv
+    P = _reads(qb, kb, gq, gk, BT, READ, DECAY, PREC).to(TYPE)
+
+    # KV-memory, forward
+    if SHIFT > 0:
+        ak = tl.load(k + keys, mask=ok[:, None], other=0.0)
+        av = tl.load(v + values, mask=ok[:, None], other=0.0)
+    else:
+        ak = xk
+        av = xv
+    weights = _attention(xq, ak, window, scale, BT, ALIGNED, PREC)
+    if MIX:
+        answer_kv = tl.dot(weights.to(TYPE), av, input_precision=PREC)
+        answer_fw = tl.dot(P, U, input_precision=PREC)
+        s = tl.sigmoid(tl.load(gate + values, mask=ok[:, None], other=0.0).to(tl.float32))
+        dm = tl.load(dmixed + values, mask=ok[:, None], other=0.0).to(tl.float32)
+        tl.store(dgate + values, (dm * (answer_fw - answer_kv) * s * (1 - s)).to(TYPE), mask=ok[:, None])
+        da = (dm * (1 - s)).to(TYPE)
+        do = (dm * s).to(TYPE)
+    else:
+        da = tl.load(dkv + values, mask=ok[:, None], other=0.0)
+        do = tl.load(dfw + values, mask=ok[:, None], other=0.0)
+
+    # KV-memory, backward
+    dw = tl.dot(da, tl.trans(av), input_precision=PREC)
+    ds = (weights * (dw - tl.sum(weights * dw, 1)[:, None]) * scale).to(TYPE)
+    sum_q = tl.dot(ds, ak, input_precision=PREC)
+    sum_k = tl.trans(tl.dot(tl.trans(xq), ds, input_precision=PREC))
+    sum_v = tl.trans(tl.dot(tl.trans(da), weights.to(TYPE), input_precision=PREC))
+    if SHIFT > 0:  # FW-memory's gradients belong to other rows: they are added in memory
+        tl.store(dk + keys, sum_k.to(TYPE), mask=ok[:, None])
+        tl.store(dv + values, sum_v.to(TYPE), mask=ok[:, None])
+        tl.debug_barrier()
+        sum_k = tl.load(dk + keys - SHIFT * H * K, mask=ok_k[:, None], other=0.0).to(tl.float32)
+        sum_v = tl.load(dv + values - SHIFT * H * V, mask=ok_k[:, None], other=0.0).to(tl.float32)
+        tl.debug_barrier()
+
+    # FW-memory, backward
+    dR = tl.dot(tl.trans(do), P, input_precision=PREC)  # dU^T
+    if DELTA:
+        dR = tl.dot(dR.to(TYPE), X, input_precision=PREC)
+    sum_v += tl.trans(dR)
+    tl.store(dv + values - SHIFT * H * V, sum_v.to(TYPE), mask=ok_k[:, None])
+    seen = _readable(i[None, :], i[:, None], READ)
+    dP = tl.dot(U, tl.trans(do), input_precision=PREC)  # [write, query]
+    if DECAY:
+        dP *= tl.exp2(tl.where(seen, gq[None, :] - gk[:, None], 0.0))
+    dP = tl.where(seen, dP, 0.0)
+    if DECAY:
+        dg = _across(dP * tl.dot(kb, tl.trans(qb), input_precision=PREC), READ, BT)
+    dP = dP.to(TYPE)
+    dy = tl.trans(tl.dot(tl.trans(kb), dP, input_precision=PREC)) * scale
+    sum_q += _features_backward(xq.to(tl.float32), yq, dy, norm_q, tl.sum(yq * dy, 1), FEATURE)
+    tl.store(dq + keys, sum_q.to(TYPE), mask=ok[:, None])
+    dy = tl.dot(dP, qb, input_precision=PREC)
+    if DELTA:
+        M = tl.dot(U, dR.to(TYPE), input_precision=PREC)  # [write j, reader i]: the reader's own write knew of j
+        inner = tl.sum(tl.where(i[:, None] == i[None, :], M, 0.0), 1)
+        tl.store(dbeta + head + i * H, (inner / (b * b)).to(dbeta.dtype.element_ty), mask=ok)
+        M = tl.where(i[:, None] < i[None, :], -M, 0.0)
+        if DECAY:
+            M *= tl.exp2(tl.where(i[:, None] < i[None, :], gk[None, :] - gk[:, None], 0.0))
+            dg += _across(M * tl.dot(kb, tl.trans(kb), input_precision=PREC), 0, BT)
+        M = M.to(TYPE)
+        dy = tl.dot(M, kb, dy, input_precision=PREC)
+        dy += tl.trans(tl.dot(tl.trans(kb), M, input_precision=PREC))
+    sum_k += _features_backward(xk.to(tl.float32), yk, dy, norm_k, tl.sum(yk * dy, 1), FEATURE)
+    tl.store(dk + keys - SHIFT * H * K, sum_k.to(TYPE), mask=ok_k[:, None])
+    if DECAY:
+        tl.store(dlog_decay + head + i * H, dg.to(dlog_decay.dtype.element_ty), mask=ok)
