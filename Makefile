@@ -14,17 +14,18 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install check test test-gpu quickstart bench bench-kernels bench-throughput schema constraints
+.PHONY: help install check test test-gpu quickstart bench bench-kernels bench-training bench-throughput schema constraints
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make quickstart      install, run the first study and print its front'
 	@echo 'make install         .venv with hqlt and what it needs'
 	@echo 'make test            install what tests need and run them on the CPU'
-	@echo 'make test-gpu        run the tests that need a CUDA device; PART=words picks some of them (pytest -k)'
+	@echo 'make test-gpu        run the tests of the GPU on one, minutes a part; PART=... is one of $(GPU_PARTS)'
 	@echo 'make check           format, lint, types and import arrows'
 	@echo 'make bench           overhead of the platform per trial, beside Ray Tune'
 	@echo 'make bench-kernels   the kernels beside their baselines'
+	@echo 'make bench-training  how fast one GPU trains a language model of 340 million parameters'
 	@echo 'make bench-throughput  trainings an hour: one after another, side by side, stacked, captured'
 	@echo 'make schema          write search_space/studies/study.schema.json anew'
 	@echo 'make constraints     resolve the newest versions that pyproject.toml allows and write constraints.txt'
@@ -46,14 +47,27 @@ check: $(VENV)/.installed-dev
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest
 
+# Each part takes at most eight minutes on one H200, most of it compiling. The kernels' files hold what elsewhere runs in
+# Triton's interpreter too.
+GPU_PARTS := fast_weight window blend surroundings trainer
+TESTS_OF_fast_weight := tests/kernels/test_triton_fast_weight.py
+TESTS_OF_window := tests/kernels/test_triton_window_attention.py tests/kernels/test_libraries.py
+TESTS_OF_blend := $(wildcard tests/kernels/test_triton_blend*.py) tests/kernels/test_packed.py
+TESTS_OF_surroundings := $(wildcard $(addprefix tests/kernels/test_,block_parts.py columns.py linear_cross_entropy.py projections.py))
+TESTS_OF_trainer := tests/trainer -m gpu
+
 test-gpu: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m gpu $(if $(PART),-k "$(PART)")
+	@$(if $(filter-out $(GPU_PARTS),$(PART)),echo 'error: no part "$(PART)"; there is $(GPU_PARTS)' >&2; exit 2)
+	@$(foreach part,$(or $(PART),$(GPU_PARTS)),echo 'part $(part)'; $(BIN)/python -m pytest $(TESTS_OF_$(part)) || exit;)
 
 bench: install
 	$(BIN)/python -m hqlt_orchestration.bench
 
 bench-kernels: install
 	$(BIN)/python -m hqlt_kernels.bench
+
+bench-training: install
+	$(BIN)/python -m hqlt_trainer.bench_language
 
 bench-throughput: install
 	$(BIN)/python -m hqlt_trainer.bench_throughput

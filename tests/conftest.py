@@ -4,6 +4,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Iterator
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -12,6 +13,13 @@ import torch
 # is, when any test first imports one: so here, before all of them.
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_report_header() -> str:
+    """What the kernels run on."""
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__}, no CUDA device"
+    return f"torch {torch.__version__}, triton {version('triton')}, {torch.cuda.get_device_name()}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
