@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from hqlt_kernels.backends import Forced
 from hqlt_kernels.block_parts import swiglu_linear
+from hqlt_kernels.projections import take_rows
 from hqlt_search_space.arch import Arch
 from torch import Tensor, nn
 
@@ -55,7 +56,7 @@ class Block(nn.Module):
         x, (rows,) = self.mixer_norm.into((self.mixer.in_weight,), x, delta)
         mixed, state = self.mixer(rows, state, at)
         if at is not None:
-            x = x.flatten(0, 1).index_select(0, at)
+            x = take_rows(x.flatten(0, 1), at)
         x, (gate, up) = self.mlp_norm.into(self.mlp.in_weights, x, mixed)
         return x, self.mlp(gate, up), state
 

@@ -1,0 +1,141 @@
+"""Rows and columns moved in one pass: the plain forms are the textbook's, the kernels are the plain forms."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hqlt_kernels.projections import embed, operator, split_projections, take_rows
+from torch import Tensor
+from torch.nn import functional
+from triton_cases import CUDA, DEVICE, assert_as_good_as_torch, pairwise
+
+DTYPES = [torch.float32, torch.bfloat16 if CUDA else torch.float16]  # the interpreter gets bfloat16 wrong
+Parts = Callable[..., tuple[Tensor, ...]]
+
+
+@pytest.mark.parametrize("taps", [1, 2, 4])
+def test_the_short_convolution_is_a_causal_conv1d(taps: int) -> None:
+    rows, filters = torch.randn(2, 7, 20, dtype=torch.float64), torch.randn(12, taps, dtype=torch.float64)
+    padded = functional.pad(rows[..., :12].mT, (taps - 1, 0))
+    expected = functional.conv1d(padded, filters[:, None], groups=12).mT
+    q, k, v, *rest = split_projections(rows, filters, (3, 4, 5, 1, 0, 2, 3), True)
+    torch.testing.assert_close(torch.cat([q, k], -1), expected[..., :7])
+    torch.testing.assert_close(v, functional.silu(expected[..., 7:]))
+    assert torch.equal(torch.cat(rest, -1), rows[..., 12:18])
+
+
+def test_a_stack_is_its_replicas_one_after_the_other() -> None:
+    rows, filters = torch.randn(6, 5, 9, dtype=torch.float64), torch.randn(2, 8, 3, dtype=torch.float64)
+    tokens, weight = torch.randint(4, (6, 5)), torch.randn(2, 4, 8, dtype=torch.float64)
+    together = split_projections(rows, filters, (2, 2, 4, 1, 0, 0, 0), True)
+    apart = [
+        split_projections(part, w, (2, 2, 4, 1, 0, 0, 0), True) for part, w in zip(rows.chunk(2), filters, strict=True)
+    ]
+    for whole, *halves in zip(together, *apart, strict=True):
+        torch.testing.assert_close(whole, torch.cat(halves))
+    halves = [embed(part, w) for part, w in zip(tokens.chunk(2), weight, strict=True)]
+    assert torch.equal(embed(tokens, weight), torch.cat(halves))
+
+
+def results(part: Parts, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Outputs of `part` and its gradients, each output with a weight of its own at every element."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    outputs = [y for y in part(*inputs) if y.numel()]
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(DEVICE) for y in outputs]
+    sum((y.double() * w).sum() for y, w in zip(outputs, weights, strict=True)).backward()  # type: ignore[union-attr]
+    found = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+    return found | {f"gradient {i}": x.grad for i, x in enumerate(inputs) if x.grad is not None}
+
+
+def check(kernel: Parts, plain: Parts, inputs: Sequence[Tensor]) -> None:
+    """PyTorch at the same precision is given the same numbers in the types it would be given."""
+    truth = results(plain, [x.double() for x in inputs])
+    assert_as_good_as_torch(results(kernel, inputs), results(plain, inputs), truth, factor=2)
+
+
+def random(*shape: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
+
+
+def parameter(replicas: int, *shape: int) -> Tensor:
+    """Replicas with a gap between them, as slices of a buffer of all parameters have."""
+    if replicas == 1:
+        return random(*shape, dtype=torch.float32)
+    return random(replicas, shape[0] + 1, *shape[1:], dtype=torch.float32)[:, :-1]
+
+
+CASES: list[dict[str, Any]] = list(
+    pairwise(
+        {
+            "taps": [1, 3, 4],
+            "tokens": [1, 2, 39],
+            "widths": [(16, 16, 16, 0, 0, 0, 0), (16, 80, 80, 2, 0, 16, 16), (64, 64, 64, 4, 4, 0, 64)],
+            "unused": [0, 12],
+            "replicas": [1, 2],
+            "activate": [False, True],
+            "dtype": DTYPES,
+        }
+    )
+)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_splitting_kernel_is_the_plain_form(case: dict[str, Any]) -> None:
+    from hqlt_kernels.projections import triton_operator
+
+    widths, activate = case["widths"], case["activate"]
+    rows = random(2 * case["replicas"], case["tokens"], sum(widths) + case["unused"], dtype=case["dtype"])
+
+    def kernel(rows: Tensor, filters: Tensor) -> tuple[Tensor, ...]:
+        return triton_operator.split_projections(rows, filters, widths, activate)
+
+    def plain(rows: Tensor, filters: Tensor) -> tuple[Tensor, ...]:
+        return operator.split_projections(rows, filters.to(rows.dtype), widths, activate)
+
+    check(kernel, plain, [rows, parameter(case["replicas"], sum(widths[:3]), case["taps"])])
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("n_tokens", [3, 40])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_the_embeddings_kernel_is_the_plain_form(replicas: int, n_tokens: int) -> None:
+    from hqlt_kernels.projections import triton_operator
+
+    tokens = torch.randint(n_tokens, (3 * replicas, 39), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    check(
+        lambda weight: (triton_operator.embed(tokens, weight),),
+        lambda weight: (operator.embed(tokens, weight),),
+        [parameter(replicas, n_tokens, 48)],
+    )
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_kernel_that_takes_rows_is_the_plain_form(dtype: torch.dtype) -> None:
+    from hqlt_kernels.projections import triton_operator
+
+    at = torch.randperm(50, generator=torch.Generator().manual_seed(0))[:7].to(DEVICE)
+    check(
+        lambda x: (triton_operator.take_rows(x, at),), lambda x: (take_rows(x, at),), [random(50, 3, 24, dtype=dtype)]
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("replicas", [1, 3])
+def test_the_kernels_give_the_same_bits_every_time(replicas: int) -> None:
+    rows, filters = random(96, 39, 400, dtype=torch.bfloat16), parameter(replicas, 384, 4)
+    weight = parameter(replicas, 5, 128)
+    tokens = torch.randint(5, (96, 39), generator=torch.Generator().manual_seed(0)).cuda()
+    at = torch.arange(5, 96 * 39, 39).cuda()
+
+    def whole(rows: Tensor, filters: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, *_ = split_projections(rows, filters, (128, 128, 128, 4, 0, 0, 0), True)
+        return q, k, take_rows(v.flatten(0, 1), at), embed(tokens, weight)
+
+    first = results(whole, [rows, filters, weight])
+    for _ in range(20):
+        assert all(torch.equal(first[name], y) for name, y in results(whole, [rows, filters, weight]).items())
