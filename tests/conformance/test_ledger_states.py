@@ -1,0 +1,246 @@
+"""The ledger as a state machine: whatever drivers do, in whatever order and however often, what it promises holds."""
+
+import itertools
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+import sqlalchemy as sa
+from hqlt_orchestration.executor import AttemptKey
+from hqlt_orchestration.ledger import MAX_ATTEMPTS, AttemptEnd, Ledger, NewTrial, Refused
+from hqlt_orchestration.tables import ATTEMPTS, DRIVERS, FINISHED, DriverId, DriverRow, State, StudyRow
+from hqlt_search_space.arch import Arch
+from hqlt_search_space.mixers import Attention
+from hqlt_search_space.recipe import Recipe
+from hqlt_search_space.tasks import Nothing
+from hqlt_search_space.trial import Config, Environment, ReplicaResult, Trial, TrialResult
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
+from hypothesis.stateful import run_state_machine_as_test as run_machine
+
+BUDGET = 3
+SEEDS = (0, 1)
+CRASHES = ("crashed", "hung", "out_of_memory")
+ENVIRONMENT = Environment(
+    python="3",
+    torch="2",
+    hqlt="0",
+    source_version=None,
+    platform="",
+    cpu="",
+    instruction_set="",
+    n_threads=1,
+    device="cpu",
+)
+_study_numbers = itertools.count()
+
+
+def config(width: int) -> Config:
+    layers = (Attention(n_heads=2),)
+    return Config(arch=Arch(d_model=8 * width, mlp_inner=8, layers=layers), recipe=Recipe(steps=1), task=Nothing())
+
+
+def outcome(seed: int, status: str, loss: float) -> TrialResult:
+    replica = ReplicaResult.model_validate({"seed": seed, "status": status, "step": 5, "metrics": {"loss": loss}})
+    return TrialResult(trial=Trial(config=config(1), seeds=(seed,)), replicas=(replica,), environment=ENVIRONMENT)
+
+
+@dataclass(frozen=True)
+class Held:
+    """An attempt as its driver knows it. The driver may have died, the attempt may have ended long ago."""
+
+    driver: DriverId
+    key: AttemptKey
+
+
+class Drivers(RuleBasedStateMachine):
+    """Several drivers of one study. Rules are all that a driver or a user can ask of the ledger."""
+
+    drivers = Bundle[DriverId]("drivers")
+    attempts = Bundle[Held]("attempts")
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__()
+        self.ledger = ledger
+        self.name = f"s{next(_study_numbers)}"
+        self.accepted: dict[tuple[int, int], float] = {}
+        self.finished: dict[tuple[int, int], State] = {}
+        self.losses = itertools.count()
+        ledger.add_study(StudyRow(self.name, "{}", "", "h", BUDGET, "open", None, None, 0.0))
+
+    @initialize(target=drivers)
+    def first_driver(self) -> DriverId:
+        return self.ledger.enter(self.name, "ray")
+
+    @rule(target=drivers, executor=st.sampled_from(["ray", "inline"]))
+    def another_driver(self, executor: str) -> DriverId:
+        return self.ledger.enter(self.name, executor)
+
+    @rule(target=attempts, driver=drivers, width=st.integers(1, 5))
+    def claim(self, driver: DriverId, width: int) -> "Held":
+        before = self.ledger.trials(self.name)
+        found = self.ledger.claim(self.name, NewTrial("search", config(width), {}, {}, SEEDS), driver)
+        known = {row.config.config_id for row in before}
+        if isinstance(found, Refused):
+            assert found.why == ("duplicate" if config(width).config_id in known else "budget")
+            assert found.why == "duplicate" or len(before) == BUDGET
+            return multiple()
+        number, key = found
+        assert number == len(before) < BUDGET
+        assert key == AttemptKey(number, SEEDS[0], 1)
+        return Held(driver, key)
+
+    @rule(target=attempts, driver=drivers)
+    def lease(self, driver: DriverId) -> "Held":
+        wait = [r for r in self.ledger.replicas(self.name) if r.state in ("waiting", "paused") and not r.cancelled]
+        key = self.ledger.lease_next(self.name, driver, "search")
+        if not wait:
+            assert key is None
+            return multiple()
+        first = min(wait, key=lambda replica: (replica.number, replica.seed))
+        assert key == AttemptKey(first.number, first.seed, first.attempts + 1)
+        return Held(driver, key)
+
+    @rule(target=attempts, held=attempts)
+    def lease_the_rest_of_a_stack(self, held: Held) -> "Held":
+        found = self.ledger.lease_with(self.name, held.driver, held.key, SEEDS)
+        return multiple(*(Held(held.driver, key) for key in found))
+
+    @rule(driver=drivers, held=attempts, step=st.integers(0, 9))
+    def beat(self, driver: DriverId, held: Held, step: int) -> None:
+        gone = driver not in {row.id for row in self.ledger.drivers(self.name)}
+        asked = self.ledger.beat(self.name, driver, {held.key: step})
+        assert (asked is None) == gone
+
+    @rule(held=attempts, status=st.sampled_from(["complete", "stopped", "failed"]))
+    def commit(self, held: Held, status: str) -> None:
+        loss = float(next(self.losses))
+        counted = self._runs(held.key)
+        state = self.ledger.commit(self.name, held.key, outcome(held.key.seed, status, loss))
+        assert (state is not None) == counted
+        if counted:
+            self.accepted[held.key.number, held.key.seed] = loss
+
+    @rule(held=attempts, how=st.sampled_from(["paused", *CRASHES]))
+    def release(self, held: Held, how: AttemptEnd) -> None:
+        counted = self._runs(held.key)
+        state = self.ledger.release(self.name, held.key, how, "why")
+        assert (state is not None) == counted
+        assert state in (None, "paused", "waiting", "quarantined")
+
+    @rule(number=st.integers(0, BUDGET - 1))
+    def cancel(self, number: int) -> None:
+        replicas = self.ledger.replicas(self.name, number)
+        if replicas:
+            unfinished = [replica for replica in replicas if replica.state not in FINISHED]
+            assert self.ledger.cancel(self.name, number) == len(unfinished)
+
+    @rule(held=attempts)
+    def end_cancelled(self, held: Held) -> None:
+        """What a driver does whose worker has paused after a cancel, perhaps late."""
+        if {(r.number, r.seed): r.cancelled for r in self.ledger.replicas(self.name)}[held.key.number, held.key.seed]:
+            self.ledger.end_cancelled(self.name, held.key)
+
+    @rule(driver=drivers)
+    def leave(self, driver: DriverId) -> None:
+        self.ledger.leave(driver)
+
+    @rule(driver=drivers, has_beaten=st.booleans())
+    def die_and_be_found(self, driver: DriverId, has_beaten: bool) -> None:
+        """Another driver saw that this one is dead, unless that one beats between the look and the deed."""
+        seen: list[DriverRow] = [row for row in self.ledger.drivers(self.name) if row.id == driver]
+        held = {key for key, holder in self._running().items() if holder == driver}
+        if has_beaten:
+            self.ledger.beat(self.name, driver, {})
+        back = {key for key, _ in self.ledger.forget_drivers(self.name, seen)}
+        still = set(self._running())
+        assert not back & still
+        if seen:
+            assert held <= (still if has_beaten else back)
+        gone = {row.id for row in self._drivers() if row.ended}
+        assert not gone & set(self._running().values())
+
+    @rule()
+    def open_again(self) -> None:
+        """A new process finds what the old one left."""
+        url = self.ledger.url
+        before = self.ledger.replicas(self.name)
+        again = Ledger(url)
+        try:
+            assert again.replicas(self.name) == before
+        finally:
+            again.close()
+
+    @invariant()
+    def what_is_finished_stays_so_and_has_the_first_result(self) -> None:
+        for replica in self.ledger.replicas(self.name):
+            place = (replica.number, replica.seed)
+            assert self.finished.get(place, replica.state) == replica.state
+            if replica.state in FINISHED:
+                self.finished[place] = replica.state
+            stored = replica.result and replica.result.metrics["loss"]
+            assert stored == self.accepted.get(place)
+            if replica.state in ("complete", "failed"):
+                assert stored is not None
+
+    @invariant()
+    def what_runs_is_held_once_and_what_is_held_runs(self) -> None:
+        replicas = self.ledger.replicas(self.name)
+        held = Counter((key.number, key.seed) for key in self._running())
+        assert all(held[r.number, r.seed] == (r.state == "running") for r in replicas)
+        assert set(self._running().values()) <= {row.id for row in self._drivers()}
+
+    @invariant()
+    def attempts_are_counted_and_two_crashes_are_the_end(self) -> None:
+        ended = [(a.number, a.seed, a.state) for a in self.ledger.attempts(self.name)]
+        for replica in self.ledger.replicas(self.name):
+            states = [state for number, seed, state in ended if (number, seed) == (replica.number, replica.seed)]
+            assert len(states) == replica.attempts
+            assert replica.crashes == sum(state in CRASHES for state in states) <= MAX_ATTEMPTS
+            assert states.count("complete") == (replica.result is not None)
+            if not replica.cancelled:
+                assert (replica.state == "quarantined") == (replica.crashes == MAX_ATTEMPTS)
+
+    @invariant()
+    def a_trial_is_the_sum_of_its_replicas_and_the_budget_holds(self) -> None:
+        trials = self.ledger.trials(self.name)
+        assert [row.number for row in trials] == list(range(len(trials)))
+        assert len(trials) <= BUDGET
+        assert len({row.config.config_id for row in trials}) == len(trials)
+        states: dict[int, set[State]] = {row.number: set() for row in trials}
+        for replica in self.ledger.replicas(self.name):
+            states[replica.number].add(replica.state)
+        order: list[State] = ["running", "paused", "waiting", "quarantined", "failed", "stopped", "complete"]
+        assert [row.state for row in trials] == [min(states[row.number], key=order.index) for row in trials]
+
+    def _runs(self, key: AttemptKey) -> bool:
+        return key in self._running()
+
+    def _running(self) -> dict[AttemptKey, str]:
+        """The attempts that count, and who has them."""
+        with self.ledger.read() as tx:
+            rows = tx.execute(sa.select(ATTEMPTS).where(ATTEMPTS.c.study == self.name, ATTEMPTS.c.state == "running"))
+            return {AttemptKey(row.number, row.seed, row.attempt): row.driver for row in rows}
+
+    def _drivers(self) -> list[sa.Row[tuple[str, bool]]]:
+        with self.ledger.read() as tx:
+            return list(tx.execute(sa.select(DRIVERS.c.id, DRIVERS.c.ended).where(DRIVERS.c.study == self.name)))
+
+
+def test_whatever_drivers_do_in_whatever_order_the_ledger_keeps_its_promises(url: str) -> None:
+    ledger = Ledger(url)
+    examples: dict[Literal[True, False], int] = {True: 60, False: 15}
+    try:
+        run_machine(
+            lambda: Drivers(ledger),
+            settings=settings(
+                max_examples=examples[url.startswith("sqlite")],
+                stateful_step_count=25,
+                deadline=None,
+                derandomize=True,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+    finally:
+        ledger.close()
