@@ -23,7 +23,7 @@ from hqlt_kernels.backends import Forced
 from hqlt_kernels.blend import BlendState, blend
 from hqlt_kernels.block_parts import add_rms_norm, linear, norm_linear, rms_norm
 from hqlt_kernels.fast_weight import fast_weight
-from hqlt_kernels.projections import embed, split_projections, take_rows
+from hqlt_kernels.projections import embed, split_columns, split_projections, take_rows
 from hqlt_kernels.rotary import rotate
 from hqlt_kernels.window_attention import window_attention
 from hqlt_search_space import rules
@@ -254,9 +254,7 @@ class MixerLayer(nn.Module):
     def _split(self, rows: Tensor, state: LayerState | None) -> tuple[Projected, Tensor | None]:
         conv = None
         if self.short_conv is None:
-            q, k, v, beta, decay, mixing, gate, _ = torch.split(rows, [*self.widths, self._n_unused], dim=-1)
-            if self.rule is not None:  # a copy on a GPU, or the backward of SiLU would keep all of `rows`
-                v = functional.silu(v.contiguous() if v.is_cuda else v)
+            q, k, v, beta, decay, mixing, gate = split_columns(rows, self.widths, None if self.rule is None else 2)
         else:
             before = None
             if state is not None:

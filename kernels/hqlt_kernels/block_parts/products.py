@@ -87,14 +87,15 @@ class _NormLinear(torch.autograd.Function):
 
         total, norm, gate, *weights = ctx.saved_tensors
         dy = _input_gradient(douts, weights).view(total.shape)
+        # x and delta have one gradient; it is written twice only where they differ in type.
+        other_dtype = None if ctx.delta_dtype == total.dtype else ctx.delta_dtype
         dx, ddelta, dnorm, dgate, y = triton_operator.run_norm_gradient(
-            total, norm, gate, dy, dtotal.contiguous() if dtotal.numel() else None, ctx.epsilon, ctx.delta_dtype,
-            ctx.dtype,
-        )  # fmt: skip
+            total, norm, gate, dy, dtotal.contiguous() if dtotal.numel() else None, ctx.epsilon, other_dtype, ctx.dtype
+        )
         dweights = (_weight_gradient(dout, y, weight) for dout, weight in zip(douts, weights, strict=True))
         return (
             dx,
-            None if ctx.delta_dtype is None else ddelta,
+            None if ctx.delta_dtype is None else dx if other_dtype is None else ddelta,
             dnorm,
             None if gate is None else dgate,
             None,

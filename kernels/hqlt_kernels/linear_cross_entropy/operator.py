@@ -46,7 +46,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = torch.bmm(rows, narrow.mT)
             loss += softmax_gradient_(logits, targets[:, start : start + size]).sum(1)
             dx[:, start : start + size] = torch.bmm(logits, narrow)
-            dweight += torch.bmm(logits.mT, rows)
+            _add_product(dweight, logits.mT, rows)
         ctx.save_for_backward(dx, dweight)
         return loss
 
@@ -56,6 +56,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx, dweight = ctx.saved_tensors
         factor = dloss.view(-1, 1, 1)
         return dx * factor.to(dx.dtype), dweight * factor.to(dweight.dtype), None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b; on a GPU the product's float32 sums as they are."""
+    if total.is_cuda and total.dtype == torch.float32 != a.dtype:
+        torch.baddbmm(total, a, b, out_dtype=torch.float32, out=total)
+    elif total.dtype == a.dtype:
+        total.baddbmm_(a, b)
+    else:
+        total += torch.bmm(a, b)
 
 
 def softmax_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
