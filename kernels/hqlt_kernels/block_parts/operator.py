@@ -50,7 +50,8 @@ def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, epsilon: float) -> tu
     if has_kernel(x, weight):
         from hqlt_kernels.block_parts import triton_operator
 
-        return triton_operator.rms_norm(x, delta, weight, None, epsilon)
+        normed, total = triton_operator.rms_norm(x, delta, weight, None, epsilon)
+        return total, normed
     total = x + delta
     return total, rms_norm(total, weight, epsilon)
 

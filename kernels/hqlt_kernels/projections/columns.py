@@ -1,6 +1,5 @@
 """The columns of one projection as tensors of their own, and their gradients as the columns of one."""
 
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,9 +8,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from hqlt_kernels.block_parts.operator import has_kernel
 from hqlt_kernels.triton_eager import nobody_looks_on
-
-_TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def split_columns(rows: Tensor, widths: Sequence[int], activated: int | None = None) -> tuple[Tensor, ...]:
@@ -19,7 +17,7 @@ def split_columns(rows: Tensor, widths: Sequence[int], activated: int | None = N
 
     On a GPU the parts are contiguous and nothing keeps `rows`: not even SiLU, which keeps its own columns.
     """
-    if _TRITON_IS_INSTALLED and rows.is_cuda and rows.dtype != torch.float64 and nobody_looks_on(rows):
+    if has_kernel(rows) and nobody_looks_on(rows):
         split: tuple[Tensor, ...] = _SplitColumns.apply(rows, activated, *widths)  # type: ignore[no-untyped-call]
         return split
     parts = list(torch.split(rows[..., : sum(widths)], list(widths), dim=-1))
