@@ -282,3 +282,32 @@ def test_a_captured_step_is_the_step_that_is_launched_from_python(leaves: int | 
     assert tallies[0] == tallies[1]
     for launched, replayed in zip(*weights, strict=True):
         assert all(torch.equal(weight, replayed[name]) for name, weight in launched.items())
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.*deterministic")
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-4), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("layers", ["hybrid", "gated"])
+def test_a_replica_in_a_stack_on_a_gpu_has_the_weights_it_gets_alone(
+    layers: str, precision: str, tolerance: float
+) -> None:
+    task_data = build_task(Parity())
+    # With a small epsilon a gradient of almost zero moves its weight as much as any other, up or down.
+    recipes = [
+        _recipe(batch=16, steps=6, clip=1.0, epsilon=0.01, precision=precision, learning_rate=rate)
+        for rate in (0.01, 0.003, 0.02)
+    ]
+    arch = Arch.model_validate({"d_model": 64, "mlp_inner": 64, "layers": LAYERS[layers]})
+
+    def trained(seeds: list[int]) -> list[dict[str, torch.Tensor]]:
+        models = [build_model(arch, 3, seed=seed, init_std=0.1, device="cuda") for seed in seeds]
+        stack = Stack(models, [recipes[seed] for seed in seeds], torch.device("cuda"))
+        with reproducible(Runtime(device="cuda")), feed(task_data, recipes[0], seeds, 0, "cuda") as data:
+            for step, step_of_all in enumerate(data):
+                stack.take_step(step, step_of_all.parts)
+        assert stack.not_captured is None
+        return [_weights(member) for member in stack.members]
+
+    for together, (alone,) in zip(trained([0, 1, 2]), map(trained, ([0], [1], [2])), strict=True):
+        for name, expected in alone.items():
+            assert (together[name] - expected).norm() <= tolerance * expected.norm(), name

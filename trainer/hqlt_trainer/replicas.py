@@ -22,16 +22,19 @@ from dataclasses import dataclass
 import torch
 from hqlt_kernels.linear_cross_entropy import linear_cross_entropy
 from hqlt_search_space.recipe import Recipe
-from torch import Tensor, nn
+from torch import Tensor
 
 from hqlt_trainer.model import Model
-from hqlt_trainer.optimiser import build_optimiser, learning_rate, set_learning_rate
+from hqlt_trainer.optimiser import JointAdamW, build_optimiser, learning_rate, set_learning_rate, set_parameter
 from hqlt_trainer.precision import autocast
 from hqlt_trainer.tasks.batch import IGNORED, Batch, TaskData
 
 MAX_BAD_STEPS = 10
 """Non-finite steps in a row that are skipped; one more fails the replica."""
 STEPS_AHEAD = 8
+JOINT_PARAMETERS = 2**24
+"""Most parameters of a stack that a GPU updates as one tensor: beyond, launches no longer matter and the copy of all
+gradients does."""
 EAGER_STEPS = 3
 """Steps before the one that is captured: libraries allocate their workspaces and the optimisers their moments."""
 
@@ -46,15 +49,10 @@ def stack_models(members: Sequence[Model]) -> Model:
     together = copy.deepcopy(members[0])
     for name, _ in members[0].named_parameters():
         stacked = torch.stack([member.get_parameter(name).detach() for member in members])
-        _set_parameter(together, name, stacked)
+        set_parameter(together, name, stacked)
         for member, part in zip(members, stacked.unbind(), strict=True):
-            _set_parameter(member, name, part)
+            set_parameter(member, name, part)
     return together
-
-
-def _set_parameter(model: Model, name: str, value: Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(path), leaf, nn.Parameter(value))
 
 
 @dataclass(frozen=True)
@@ -166,7 +164,12 @@ class Stack:
         self.recipes = tuple(recipes)
         self.device = device
         self.model = stack_models(members)
-        self.optimisers = tuple(build_optimiser(m, r) for m, r in zip(members, recipes, strict=True))
+        self._joint: JointAdamW | None = None
+        if device.type == "cuda" and sum(p.numel() for p in self.model.parameters()) <= JOINT_PARAMETERS:
+            self._joint = JointAdamW(self.model, members, recipes)
+            self.optimisers = self._joint.optimisers
+        else:
+            self.optimisers = tuple(build_optimiser(m, r) for m, r in zip(members, recipes, strict=True))
         self._stacked = list(self.model.parameters())
         self._parameters = [list(member.parameters()) for member in members]
         n = len(members)
@@ -189,8 +192,12 @@ class Stack:
 
         A step whose loss or gradient is not finite changes neither weights nor moments of that replica.
         """
-        for optimiser, recipe in zip(self.optimisers, self.recipes, strict=True):
-            set_learning_rate(optimiser, learning_rate(recipe, step))
+        rates = [learning_rate(recipe, step) for recipe in self.recipes]
+        if self._joint is not None:
+            self._joint.set_learning_rates(rates)
+        else:
+            for optimiser, rate in zip(self.optimisers, rates, strict=True):
+                set_learning_rate(optimiser, rate)
         if self._side_stream is None:
             self._compute(data)
         elif self._captured is not None:
@@ -237,6 +244,14 @@ class Stack:
     @torch.no_grad()
     def _update(self, losses: Tensor) -> None:
         clip = self.recipes[0].clip
+        if self._joint is not None:
+            joined = self._joint.gradients()
+            lengths = torch.linalg.vector_norm(joined, dim=1)
+            is_finite = torch.isfinite(losses + lengths)
+            self._joint.step(joined, lengths, is_finite & self._is_in, clip)
+            self._forget_gradients()
+            self._count(losses, is_finite)
+            return
         if len(self.members) > 1:
             for stacked, *slices in zip(self._stacked, *self._parameters, strict=True):
                 if stacked.grad is not None:
