@@ -74,7 +74,7 @@ def _backends() -> list[dict[str, str]]:
 
 
 def _stores(store: Store) -> Iterator[dict[str, Any]]:
-    from hqlt_orchestration.tracking import unshipped_bytes
+    from hqlt_orchestration.spool import unshipped_bytes
 
     if store.database is None and not (store.data / "hqlt.db").exists():
         return
@@ -111,7 +111,7 @@ def _text(report: dict[str, Any]) -> str:
     if len(report["devices"]) == 1:
         lines.append("no GPU")
     lines.append("")
-    lines += [f"{each['operator']:<18} {each['backend']:<10} {each['reason']}" for each in report["backends"]]
+    lines += [f"{each['operator']:<18} {each['backend']:<14} {each['reason']}" for each in report["backends"]]
     lines.append("")
     for found in report["stores"]:
         state = "sound" if not found["problems"] else "; ".join(found["problems"])
