@@ -237,6 +237,7 @@ def rerun(
 @app.command()
 def ui(
     data: Data = DEFAULT_DATA,
+    store: Database = None,
     mlflow: Mlflow = None,
     port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
 ) -> None:
@@ -244,7 +245,7 @@ def ui(
     from hqlt_orchestration.store import Store
     from hqlt_orchestration.ui import serve
 
-    serve(Store(data, None, mlflow), port)
+    serve(Store(data, store, mlflow), port)
 
 
 @app.command()

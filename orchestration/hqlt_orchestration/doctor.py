@@ -74,7 +74,7 @@ def _backends() -> list[dict[str, str]]:
 
 
 def _stores(store: Store) -> Iterator[dict[str, Any]]:
-    from hqlt_orchestration.tracking import unshipped_bytes
+    from hqlt_orchestration.spool import unshipped_bytes
 
     if store.database is None and not (store.data / "hqlt.db").exists():
         return

@@ -185,37 +185,42 @@ def _run(trial: Trial, folder: Path, seed: int) -> TrialResult:
 
 
 def _mirror(store: Store, study: str, number: int, again: Rerun, folder: Path) -> None:
-    from hqlt_orchestration.runner import final_metrics
-    from hqlt_orchestration.tracking import Spool
+    from hqlt_orchestration import told
+    from hqlt_orchestration.spool import Spool
 
     replica = again.measured.replicas[0]
-    spool = Spool(store.spool_folder(study), f"{time.time():.0f}-{os.getpid()}", store.mlflow_uri, store.artifacts)
-    spool.put("study", name=study)
+    spool = Spool(store, study)
     key = int(folder.name.rpartition("-")[2])  # a rerun has no trial number of its own
     what = ", ".join(f"{name}={value}" for name, value in again.changes.items()) or "unchanged"
-    tags = {"hqlt.rerun_of": f"{study}/{number}", "hqlt.variation": what, "hqlt.identical": str(again.identical)}
+    run = {"phase": "rerun", "number": key}
     spool.put(
-        "trial",
-        phase="rerun",
-        number=key,
-        name=f"{number}: {what}"[:250],
-        params={"rerun_of": f"{study}/{number}", **again.changes},
-        tags=tags,
-        trial_json=again.measured.trial.model_dump_json(indent=1),
+        {
+            "kind": "trial",
+            **run,
+            "name": f"{number}: {what}"[: told.NAME_CHARACTERS],
+            "params": {"rerun_of": f"{study}/{number}", **again.changes},
+            "tags": {
+                "hqlt.rerun_of": f"{study}/{number}",
+                "hqlt.variation": what[: told.MESSAGE_CHARACTERS],
+                "hqlt.identical": str(again.identical),
+            },
+            "trial_json": again.measured.trial.model_dump_json(indent=1),
+        }
     )
     for point in replica.curve:
-        spool.put("metrics", phase="rerun", number=key, step=point.step, metrics=point.metrics)
+        spool.put(told.measured("rerun", key, replica.seed, point.step, point.metrics, n_seeds=1))
     spool.put(
-        "trial_end",
-        phase="rerun",
-        number=key,
-        state=replica.status,
-        step=replica.step,
-        metrics=final_metrics(replica),
-        tags={},
-        artifacts=[str(folder / replica.checkpoint)] if replica.checkpoint else [],
+        {
+            "kind": "trial_end",
+            **run,
+            "state": replica.status,
+            "step": replica.step,
+            "metrics": told.final_metrics(replica),
+            "tags": {},
+            "artifacts": [str(folder / replica.checkpoint)] if replica.checkpoint else [],
+        }
     )
-    spool.put("phase_end", phase="rerun", artifacts=[])
+    spool.put(told.phase_ends("rerun"))
     spool.close(DRAIN_S)
 
 

@@ -6,22 +6,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from statistics import fmean
 from types import FrameType
 from typing import TYPE_CHECKING, Literal, assert_never
 
-from hqlt_dashboards.front import front, front_hypervolume, ranks
-from hqlt_dashboards.words import describe, format_value, spoken
+from hqlt_dashboards.front import front, front_hypervolume
+from hqlt_dashboards.words import format_value, spoken
 from hqlt_search_space.cost import costs
 from hqlt_search_space.errors import TrialFailedError
 from hqlt_search_space.study import Study
 from hqlt_search_space.trial import ReplicaResult, Runtime, StudyResults, Trial, TrialRecord, TrialResult
 from hqlt_trainer.stacking import stacking
 
-from hqlt_orchestration import early_stopping
+from hqlt_orchestration import early_stopping, told
 from hqlt_orchestration.drivers import DriverWatch
 from hqlt_orchestration.executor import (
-    LOG_FILE,
     AttemptKey,
     Crashed,
     Event,
@@ -32,7 +30,6 @@ from hqlt_orchestration.executor import (
     Moved,
     Paused,
     RungReached,
-    replica_folder,
 )
 from hqlt_orchestration.ledger import AttemptEnd, Ledger, NewTrial, Refused
 from hqlt_orchestration.progress import Estimate, ProgressView, Standing
@@ -43,7 +40,7 @@ from hqlt_orchestration.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from hqlt_orchestration.sampler import Proposer
-    from hqlt_orchestration.tracking import Spool
+    from hqlt_orchestration.spool import Spool
 
 BEAT_S = 5.0  # between two signs of life; a driver elsewhere is given up after drivers.STALE_DRIVER_S
 POLL_S = 0.5  # the longest that Ctrl-C waits to be noticed
@@ -205,19 +202,14 @@ class Driver:
             fresh = [replica for replica in self._ledger.replicas(self._name) if replica.phase == phase]
             self._n_fresh = len(fresh)
             self._n_fresh_done = sum(replica.state in FINISHED for replica in fresh)
-        self._put(
-            "phase",
-            file_text=self._ledger.study(self._name).file_text,
-            study_json=self._study.model_dump_json(indent=1),
-        )
+        self._put(told.phase_begins(phase, self._ledger.study(self._name)))
         self._estimate.start(self._n_done())
         self._show()
 
     def _end(self, phase: Phase) -> None:
         self._show()
         self._mirror_front(last=True)
-        self._put("phase_end", artifacts=[])
-        self._flush()
+        self._put(told.phase_ends(phase))
 
     def _is_done(self, phase: Phase) -> bool:
         if self._running or not self._all_proposed:
@@ -235,7 +227,6 @@ class Driver:
         for key in list(self._running):
             self._ledger.release(self._name, key, "paused", "no checkpoint in time")
             del self._running[key]
-        self._flush()
 
     # The loop's four steps
 
@@ -272,7 +263,6 @@ class Driver:
         if now >= self._next_mirror:
             self._next_mirror = now + MIRROR_S
             self._mirror_front()
-            self._flush()
 
     def _end_hung(self, hung: dict[AttemptKey, str]) -> None:
         """End the processes of trials that stand still; they end as Crashed.
@@ -365,14 +355,7 @@ class Driver:
         if len(stack) > 1:
             keys += self._ledger.lease_with(self._name, self._driver, key, stack)
         trial = self._trial(row, stack)
-        self._put(
-            "trial",
-            number=row.number,
-            name=f"{row.number} {row.cell or describe(row.config.arch)}"[:250],
-            params={**row.choices, "mixers": describe(row.config.arch)},
-            tags={"hqlt.trial_id": row.config.config_id},
-            trial_json=trial.model_dump_json(indent=1),
-        )
+        self._put(told.trial_begins(self._phase, row, trial))
         self._running |= {each: _Running(row) for each in keys}
         for each in keys:
             self._watchdog.begin(each)
@@ -415,7 +398,7 @@ class Driver:
         match event:
             case Measured(key, step, metrics, unix_ms):
                 self._running[key].step = step
-                self._put_metrics(key, step, metrics, unix_ms)
+                self._put_metrics(key, step, metrics, unix_ms=unix_ms)
             case Moved(key, step, n_signs, slowest_s):
                 self._running[key].step = step
                 self._watchdog.moved(key, step, n_signs, slowest_s)
@@ -477,7 +460,7 @@ class Driver:
             left = self._n_total() - self._n_done() - 1
             goes_on = "1 trial goes on" if left == 1 else f"{left} trials go on"
             self._view.say(f"trial {key.number}: {result.message or result.reason}: marked failed, {goes_on}")
-        self._put_metrics(key, result.step, final_metrics(result), None)
+        self._put_metrics(key, result.step, told.final_metrics(result))
         if self._phase == "replicate" or state in FINISHED:
             self._trial_ended(running.trial, state, outcome)
 
@@ -563,79 +546,35 @@ class Driver:
 
     # The mirror: nothing here waits for MLflow
 
-    def _put(self, kind: str, **values: object) -> None:
+    def _put(self, record: told.Record) -> None:
         if self._spool is not None:
-            self._spool.put(kind, phase=self._phase, **values)
+            self._spool.put(record)
 
-    def _put_metrics(self, key: AttemptKey, step: int, metrics: dict[str, float], unix_ms: int | None) -> None:
-        """Metrics of one seed; of several seeds each has a curve of its own."""
+    def _put_metrics(self, key: AttemptKey, step: int, metrics: dict[str, float], **stamp: int) -> None:
         n_seeds = len(self._study.seeds)
         if self._phase == "replicate":
             assert self._study.replication is not None
             n_seeds = len(self._study.replication.seeds)
-        named = metrics if n_seeds == 1 else {f"{name}/seed-{key.seed}": value for name, value in metrics.items()}
-        stamp = {} if unix_ms is None else {"unix_ms": unix_ms}
-        self._put("metrics", number=key.number, step=step, metrics=named, **stamp)
+        self._put(told.measured(self._phase, key.number, key.seed, step, metrics, n_seeds=n_seeds) | stamp)
 
     def _put_trial_end(
         self, number: int, state: State, replicas: tuple[ReplicaResult, ...], objectives: dict[str, float]
     ) -> None:
+        obituary = told.died_of(state, self._ledger.attempts(self._name, number)) if state == "quarantined" else None
         row = self._rows[number]
-        folder = self._store.trial_folder(self._name, number)
-        artifacts = [folder / replica.checkpoint for replica in replicas if replica.checkpoint]
-        artifacts += [replica_folder(folder, replica.seed) / LOG_FILE for replica in replicas[:1]]
-        reasons = {replica.reason for replica in replicas if replica.reason}
-        messages = [replica.message for replica in replicas if replica.message]
-        self._put(
-            "trial_end",
-            number=number,
-            state=state,
-            step=max((replica.step for replica in replicas), default=0),
-            metrics={**row.costs, **means(replicas)} | {f"objective/{n}": value for n, value in objectives.items()},
-            tags={"error.type": ", ".join(sorted(reasons)), "error.message": messages[0][:5000]} if reasons else {},
-            artifacts=[str(path) for path in artifacts],
-        )
+        self._put(told.trial_ends(self._phase, row, state, replicas, objectives, self._store, self._name, obituary))
 
     def _mirror_front(self, *, last: bool = False) -> None:
         """Hypervolume, and the rank of the trials that came to or left the front; at the last of every trial."""
-        points = {
-            record.number: minimised(self._study, record.objectives)
-            for record in self._records.values()
-            if record.objectives
-        }
-        if self._spool is None or not points:
+        if self._spool is None:
             return
-        now = dict(zip(points, ranks(list(points.values())), strict=True))
+        now = told.front_ranks(self._study, self._records.values())
         front_now = {number for number, rank in now.items() if rank == 0}
         changed = set(now) if last else front_now ^ self._mirrored_front
         if changed:
             self._mirrored_front = front_now
-            volume = front_hypervolume(self._results())
-            self._put("front", step=len(points), hypervolume=volume, ranks={n: now[n] for n in sorted(changed)})
-
-    def _flush(self) -> None:
-        if self._spool is not None:
-            self._spool.flush()
-
-
-def final_metrics(result: ReplicaResult) -> dict[str, float]:
-    """What a replica ended with: its metrics, knock-outs and gates by name."""
-    found = dict(result.metrics)
-    for knock_out in result.knock_outs:
-        found |= {f"without_{knock_out.silenced}/{name}": value for name, value in knock_out.metrics.items()}
-    for gate in result.gates:
-        found |= {f"gate_fw/layer-{gate.layer}": gate.fw, f"gate_kv/layer-{gate.layer}": gate.kv}
-    extra = {name: getattr(result, name) for name in ("tokens_per_second", "train_seconds", "peak_memory_bytes")}
-    return found | {name: float(value) for name, value in extra.items() if value is not None}
-
-
-def means(replicas: tuple[ReplicaResult, ...]) -> dict[str, float]:
-    """The mean over several complete replicas of each metric; nothing for one, whose metrics stand already."""
-    complete = [replica.metrics for replica in replicas if replica.status == "complete"]
-    if len(complete) < 2:
-        return {}
-    shared = set.intersection(*(set(metrics) for metrics in complete))
-    return {name: fmean(metrics[name] for metrics in complete) for name in sorted(shared)}
+            ranks = {number: now[number] for number in sorted(changed)}
+            self._put(told.front_moves(self._phase, len(now), front_hypervolume(self._results()), ranks))
 
 
 def _now(state: State) -> str:

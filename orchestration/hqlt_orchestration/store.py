@@ -1,5 +1,6 @@
 """Where a user's things live: one folder, and the databases in it unless others were named."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,6 +9,17 @@ from hqlt_search_space.errors import StoreError
 
 if TYPE_CHECKING:
     from hqlt_orchestration.ledger import Ledger
+
+_PASSWORDS = re.compile(r"(?<=://)([^\s/:@]*):[^\s/@]*(?=@)|(?<=[?&])(password|sslpassword)=[^\s&]*")
+
+
+def masked(text: str) -> str:
+    """`text` without the passwords of the URLs in it.
+
+    >>> masked("no answer from postgresql+psycopg://anna:secret@db/hqlt?password=secret")
+    'no answer from postgresql+psycopg://anna:***@db/hqlt?password=***'
+    """
+    return _PASSWORDS.sub(lambda found: f"{found[1]}:***" if found[2] is None else f"{found[2]}=***", text)
 
 
 @dataclass(frozen=True)

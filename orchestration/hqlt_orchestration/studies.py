@@ -1,6 +1,5 @@
 """What the `hqlt study` commands do: run, resume, show, extend, cancel, delete, free."""
 
-import os
 import shutil
 import sys
 import time
@@ -29,7 +28,7 @@ from hqlt_orchestration.tables import StudyRow
 
 if TYPE_CHECKING:
     from hqlt_orchestration.executor import Executor
-    from hqlt_orchestration.tracking import Spool
+    from hqlt_orchestration.spool import Spool
 
 ExecutorName = Literal["ray", "inline"]
 
@@ -141,17 +140,14 @@ def _drive(study: Study, store: Store, ledger: Ledger, machine: Machine) -> int:
             return found
 
         from hqlt_orchestration.runner import Driver, Interrupts
-        from hqlt_orchestration.tracking import Spool
+        from hqlt_orchestration.spool import Spool
 
         proposer = None
         if study.search is not None:
             from hqlt_orchestration.sampler import Proposer
 
             proposer = Proposer(study, ledger)
-        spool = Spool(
-            store.spool_folder(study.name), f"{time.time():.0f}-{os.getpid()}", store.mlflow_uri, store.artifacts
-        )
-        spool.put("study", name=study.name)
+        spool = Spool(store, study.name)
         ledger.update_study(study.name, state="open", note=None)
         driver = Driver(
             study,
@@ -172,7 +168,7 @@ def _drive(study: Study, store: Store, ledger: Ledger, machine: Machine) -> int:
         finally:
             left = spool.close(DRAIN_S)
         if spool.broken:
-            view.say("the disk was full for a while: MLflow lacks a part of this run, the study itself lacks nothing")
+            view.say("the disk was full for a while: what MLflow lacks, `hqlt ui` tells it; the study lacks nothing")
         if left:
             view.say(
                 f"MLflow at {shown(store.mlflow_uri)} took not everything: {left:,} bytes wait in "
@@ -236,12 +232,14 @@ def _export_front(results: StudyResults, store: Store, spool: "Spool") -> None:
         return
     from hqlt_dashboards.export import export_front
 
+    from hqlt_orchestration.told import phase_ends
+
     folder = store.study_folder(results.name)
     paths = [folder / "front.csv", folder / "front.html"]
     for path in paths:
         export_front(results, path)
     phase = "ablate" if any(record.phase == "ablate" for record in results.trials) else "search"
-    spool.put("phase_end", phase=phase, artifacts=[str(path) for path in paths])
+    spool.put(phase_ends(phase, [str(path) for path in paths]))
 
 
 def make_executor(study: Study, machine: Machine) -> "Executor":
@@ -309,8 +307,8 @@ def delete(name: str, store: Store) -> None:
         UsageError: somebody runs it.
     """
     from hqlt_orchestration.drivers import DriverWatch
+    from hqlt_orchestration.mirror import delete_experiment
     from hqlt_orchestration.sampler import delete_from_optuna
-    from hqlt_orchestration.tracking import delete_experiment
 
     ledger = store.open_existing()
     ledger.study(name)

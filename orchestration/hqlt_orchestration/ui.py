@@ -10,12 +10,11 @@ import os
 import socket
 import warnings
 from collections.abc import Awaitable, Callable, MutableMapping
-from pathlib import Path
 from typing import Any
 
 from hqlt_search_space.errors import ResourceError, StoreError
 
-from hqlt_orchestration.store import Store
+from hqlt_orchestration.store import Store, masked
 
 HOST = "127.0.0.1"
 ENVIRONMENT = {
@@ -30,16 +29,16 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
 def serve(store: Store, port: int) -> None:
-    """Serve until Ctrl-C. What waits in a spool is shipped first.
+    """Serve until Ctrl-C. What MLflow lacks is told to it first.
 
     Raises:
-        StoreError: nothing has been recorded yet.
+        StoreError: nothing has been recorded yet, or MLflow does not answer.
         ResourceError: the port is taken.
     """
+    _catch_up(store)
     if store.mlflow is not None and not store.mlflow.startswith("sqlite:"):
-        print(f"MLflow's pages are at {store.mlflow}")
+        print(f"MLflow's pages are at {masked(store.mlflow)}")
         return
-    _ship_leftovers(store)
     if store.mlflow is None and not (store.data / "mlflow.db").exists():
         raise StoreError(f"nothing is recorded in {store.data} yet; run a study first")
     _check_port(port)
@@ -119,12 +118,13 @@ def _check_port(port: int) -> None:
             raise ResourceError(f"port {port} is taken ({error.strerror}); give another with --port") from error
 
 
-def _ship_leftovers(store: Store) -> None:
-    from hqlt_orchestration.tracking import start_writer, unshipped_bytes
+def _catch_up(store: Store) -> None:
+    """Tell MLflow what it lacks of any study: what waits in spools, and what only the ledger knows."""
+    from hqlt_orchestration.tracking import catch_up
 
-    folders: list[Path] = [folder for folder in store.data.glob("studies/*/spool") if unshipped_bytes(folder)]
-    for folder in folders:
-        writer = start_writer(folder, uri=store.mlflow_uri, artifacts=store.artifacts)
-        assert writer.stdin is not None
-        writer.stdin.close()
-        writer.wait()
+    for folder in sorted(store.data.glob("studies/*")):
+        try:
+            catch_up(store, folder.name)
+        except Exception as error:
+            last = masked(str(error)).strip().splitlines()[-1][:200]
+            raise StoreError(f"cannot write to MLflow at {masked(store.mlflow_uri)}: {last}") from error

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 from hqlt_orchestration.doors import Door, doors, open_doors_sentence
+from hqlt_orchestration.spool import Spool
 from hqlt_orchestration.store import Store
-from hqlt_orchestration.tracking import Spool
 
 HQLT = Path(sys.executable).parent / "hqlt"
 STUDY = """\
@@ -96,9 +96,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """The port at which `hqlt ui` serves a study that was mirrored."""
     folder = tmp_path_factory.mktemp("pages")
     store = Store(folder / "hqlt-data")
-    spool = Spool(store.spool_folder("small"), "driver", store.mlflow_uri, store.artifacts)
-    spool.put("study", name="small")
-    assert spool.close(60) == 0
+    assert Spool(store, "small").close(60) == 0
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

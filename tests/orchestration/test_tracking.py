@@ -1,29 +1,42 @@
-"""The spool and its writer, against a real MLflow."""
+"""The spool, the process that ships it, and what MLflow has in the end."""
 
+import contextlib
 import fcntl
 import json
+import os
+import signal
+import socket
 import sqlite3
-from collections.abc import Iterator
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import pytest
-from hqlt_orchestration.tracking import Position, Spool, ship, unshipped_bytes
+from hqlt_orchestration import told
+from hqlt_orchestration.invariants import mirror_violations
+from hqlt_orchestration.spool import Spool, read_position, unshipped_bytes, write_position
+from hqlt_orchestration.store import Store
+from hqlt_orchestration.studies import Machine, run
+from hqlt_orchestration.tracking import catch_up, ship
+from hqlt_search_space.study import Study
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 
 class Recorder:
     """Stands where MLflow's mirror stands; dies on a record that says so."""
 
     def __init__(self) -> None:
-        self.study = "small"
-        self.careful = False
-        self.applied: list[tuple[bool, list[str]]] = []
+        self.applied: list[list[int]] = []
 
     def apply(self, records: list[dict[str, Any]]) -> None:
-        kinds = [record["kind"] for record in records]
-        if "outage" in kinds:
+        if any(record["step"] < 0 for record in records):
             raise ConnectionError("down")
-        self.applied.append((self.careful, kinds))
+        self.applied.append([record["step"] for record in records])
 
 
 @pytest.fixture
@@ -31,23 +44,23 @@ def spool(tmp_path: Path) -> Iterator[IO[str]]:
     """A spool as a driver holds it open."""
     with (tmp_path / "a.jsonl").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
-        write(file, "study")
+        write(file, 0)
         yield file
 
 
-def write(file: IO[str], *kinds: str) -> None:
-    file.write("".join(json.dumps({"kind": kind, "name": "small", "unix_ms": 1}) + "\n" for kind in kinds))
+def write(file: IO[str], *steps: int) -> None:
+    file.write("".join(json.dumps({"kind": "metrics", "step": step, "unix_ms": 1}) + "\n" for step in steps))
     file.flush()
 
 
 def test_what_was_shipped_is_not_shipped_again(tmp_path: Path, spool: IO[str]) -> None:
-    write(spool, "one")
+    write(spool, 1)
     mirror: Any = Recorder()
     assert ship(tmp_path, mirror)
     assert not ship(tmp_path, mirror)
-    write(spool, "two")
+    write(spool, 2)
     ship(tmp_path, mirror)
-    assert mirror.applied == [(False, ["study", "one"]), (False, ["two"])]
+    assert mirror.applied == [[0, 1], [2]]
     assert unshipped_bytes(tmp_path) == 0
 
 
@@ -56,88 +69,285 @@ def test_a_line_that_is_being_written_waits_and_one_that_never_will_be_does_not(
     spool.flush()
     mirror: Any = Recorder()
     ship(tmp_path, mirror)
-    assert mirror.applied == [(False, ["study"])]
+    assert mirror.applied == [[0]]
     assert unshipped_bytes(tmp_path) == len('{"kind": "ha')
     spool.close()
     ship(tmp_path, mirror)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_batch_that_may_have_arrived_is_sent_again_with_care(tmp_path: Path, spool: IO[str]) -> None:
+def test_what_an_outage_kept_from_arriving_is_sent_again(tmp_path: Path, spool: IO[str]) -> None:
     mirror: Any = Recorder()
     ship(tmp_path, mirror)
-    write(spool, "outage")
+    write(spool, -1)
     with pytest.raises(ConnectionError):
         ship(tmp_path, mirror)
     path = tmp_path / "a.jsonl"
-    path.write_text(path.read_text().replace("outage", "repair"))
+    path.write_text(path.read_text().replace("-1", " 1"))
     ship(tmp_path, mirror)
-    assert mirror.applied[-1] == (True, ["repair"])
-    assert Position.read(path).done == path.stat().st_size
+    assert mirror.applied == [[0], [1]]
+    assert read_position(path) == path.stat().st_size
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_mlflow_has_every_point_once_even_if_a_batch_is_sent_twice(tmp_path: Path) -> None:
-    artifacts = tmp_path / "artifacts"
+def test_lines_that_are_no_records_cost_only_themselves(tmp_path: Path, spool: IO[str]) -> None:
+    spool.write('\x00\x00\n[1]\n{"kind": "__init__", "step": 1}\n{"kind": "of a later version"}\n"text"\n\n')
+    write(spool, 1)
+    mirror: Any = Recorder()
+    ship(tmp_path, mirror)
+    assert mirror.applied == [[0, 1]]
+
+
+@settings(max_examples=50, deadline=None)
+@given(sizes=st.lists(st.integers(1, 400), min_size=1, max_size=8), room=st.integers(0, 2000))
+def test_a_full_disk_tears_no_record_and_loses_none_that_fits_afterwards(
+    sizes: list[int], room: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The file takes `room` bytes, then nothing for a while: the kernel says so in the middle of a record."""
+    file = _Small(tmp_path_factory.mktemp("spool") / "a.jsonl", room)
+    spool = Spool.__new__(Spool)
+    spool._file, spool._late, spool.broken, spool._next_look = file, bytearray(), False, float("inf")
+    for step, size in enumerate(sizes):
+        spool.put({"kind": "metrics", "step": step, "text": "x" * size})
+    file.room = 10**6
+    spool.put({"kind": "metrics", "step": len(sizes)})
+    lines = file.path.read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(len(sizes) + 1))
+
+
+class _Small:
+    def __init__(self, path: Path, room: int) -> None:
+        self.path, self.room = path, room
+
+    def write(self, content: bytearray) -> int:
+        n = min(len(content), self.room)
+        if n == 0:
+            raise OSError(28, "No space left on device")
+        with self.path.open("ab") as file:
+            file.write(content[:n])
+        self.room -= n
+        return n
+
+
+def trial(number: int, **extra: Any) -> told.Record:
+    record = {"kind": "trial", "phase": "search", "number": number, "name": f"{number} model", "trial_json": "{}"}
+    return record | {"params": {"rule": "delta"}, "tags": {"a": "b"}} | extra
+
+
+def point(step: int, number: int = 0, value: float | None = None) -> told.Record:
+    metrics = {"loss": 1.0 / step if value is None else value}
+    return {"kind": "metrics", "phase": "search", "number": number, "step": step, "metrics": metrics}
+
+
+def end(number: int, artifacts: list[str] | None = None) -> told.Record:
+    record = {"kind": "trial_end", "phase": "search", "number": number, "state": "complete", "step": 4}
+    return record | {"metrics": {"accuracy": 0.5}, "tags": {}, "artifacts": artifacts or []}
+
+
+def test_mlflow_has_every_point_once_even_if_all_is_sent_twice_or_its_database_is_lost(tmp_path: Path) -> None:
+    store = Store(tmp_path)
     checkpoint = tmp_path / "step-4"
     checkpoint.mkdir()
     (checkpoint / "model.safetensors").write_bytes(b"weights")
-    database = tmp_path / "mlflow.db"
-    spool = Spool(tmp_path / "spool", "driver", f"sqlite:///{database}", artifacts)
-    spool.put("study", name="small")
-    spool.put("phase", phase="search", file_text="name: small", study_json="{}")
-    spool.put(
-        "trial",
-        phase="search",
-        number=0,
-        name="0 model",
-        params={"rule": "delta"},
-        tags={"a": "b"},
-        trial_json="{}",
-    )
+    spool = Spool(store, "small")
+    spool.put({"kind": "phase", "phase": "search", "file_text": "name: small", "study_json": "{}"})
+    spool.put(trial(0))
     for step in range(1, 5):
-        spool.put("metrics", phase="search", number=0, step=step, metrics={"loss": 1.0 / step})
-    spool.put("front", phase="search", step=1, hypervolume=2.5, ranks={0: 0})
-    spool.put(
-        "trial_end",
-        phase="search",
-        number=0,
-        state="complete",
-        step=4,
-        metrics={"accuracy": 0.5},
-        tags={},
-        artifacts=[str(checkpoint)],
-    )
-    spool.put("phase_end", phase="search", artifacts=[])
-    spool.flush()
-    path = tmp_path / "spool" / "driver.jsonl"
+        spool.put(point(step))
+    spool.put(trial(0))  # its worker died and it repeats steps
+    for step, value in ((3, None), (4, 7.0), (5, float("inf")), (6, float("nan"))):
+        spool.put(point(step, value=value))
+    spool.put({"kind": "front", "phase": "search", "step": 1, "hypervolume": 2.5, "ranks": {0: 0}})
+    spool.put(end(0, [str(checkpoint)]))
+    spool.put(told.phase_ends("search"))
+    (path,) = store.spool_folder("small").glob("*.jsonl")
     everything = path.read_bytes()
     assert spool.close(60) == 0
     assert not path.exists()
+    assert_all_is_there_once(store)
+    path.write_bytes(everything)  # as if the writer had died before it could say that all has arrived
+    assert Spool(store, "small").close(60) == 0
+    assert_all_is_there_once(store)
     path.write_bytes(everything)
-    Position(0, len(everything)).write(path)  # as if the writer had died before it could say that all has arrived
-    again = Spool(tmp_path / "spool", "another", f"sqlite:///{database}", artifacts)
-    assert again.close(60) == 0
-    with sqlite3.connect(database) as connection:
-        runs = dict(connection.execute("SELECT name, status FROM runs"))
+    write_position(path, len(everything))
+    for file in tmp_path.glob("mlflow.db*"):
+        file.unlink()
+    assert Spool(store, "small").close(60) == 0
+    assert_all_is_there_once(store)
+
+
+def assert_all_is_there_once(store: Store) -> None:
+    with sqlite3.connect(store.data / "mlflow.db") as connection:
+        runs = connection.execute("SELECT name, status FROM runs ORDER BY name").fetchall()
         metrics = dict(connection.execute("SELECT key, count(*) FROM metrics GROUP BY key"))
         tags = dict(connection.execute("SELECT key, value FROM tags"))
         (mode,) = connection.execute("PRAGMA journal_mode").fetchone()
     connection.close()
-    assert runs == {"search": "FINISHED", "0 model": "FINISHED"}
-    assert metrics == {"loss": 4, "accuracy": 1, "hypervolume": 1, "front_rank": 1}
+    assert runs == [("0 model", "FINISHED"), ("search", "FINISHED")]
+    assert metrics == {"loss": 7, "accuracy": 1, "hypervolume": 1, "front_rank": 1}  # step 4 was measured anew
     assert tags["hqlt.on_front"] == "true"
     assert tags["mlflow.parentRunId"]
     assert mode == "wal"
-    assert {path.name for path in artifacts.rglob("*") if path.is_file()} == {
+    assert {path.name for path in store.artifacts.rglob("*") if path.is_file()} == {
         *("study.yaml", "study.json", "trial.json", "model.safetensors")
     }
 
 
+def test_a_record_that_mlflow_refuses_holds_up_no_other(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    spool = Spool(store, "small")
+    spool.put(trial(0))
+    spool.put(point(1) | {"metrics": {"a\nname": 1.0}})
+    spool.put(trial(0, params={"rule": "additive"}))  # parameters cannot change
+    spool.put(point(2))
+    assert spool.close(60) == 0
+    with sqlite3.connect(tmp_path / "mlflow.db") as connection:
+        assert connection.execute("SELECT key, step FROM metrics").fetchall() == [("loss", 2)]
+    connection.close()
+    assert (store.spool_folder("small") / "writer.log").read_text().count("MLflow refuses this record") == 2
+
+
 def test_no_mlflow_costs_the_driver_nothing_but_the_spool(tmp_path: Path) -> None:
-    spool = Spool(tmp_path, "driver", "http://127.0.0.1:9", tmp_path / "artifacts")
-    for step in range(100):
-        spool.put("metrics", phase="search", number=0, step=step, metrics={"loss": 1.0})
-    spool.flush()
-    left = spool.close(0.1)
-    assert left == (tmp_path / "driver.jsonl").stat().st_size > 0
+    store = Store(tmp_path, mlflow="http://anna:secret@127.0.0.1:9")
+    spool = Spool(store, "small")
+    for step in range(1, 101):
+        spool.put(point(step))
+    left = spool.close(30)
+    (path,) = store.spool_folder("small").glob("*.jsonl")
+    assert left == path.stat().st_size > 0
+    log = (store.spool_folder("small") / "writer.log").read_text()
+    assert "could not ship to MLflow" in log
+    assert "secret" not in log
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_mlflow_lost_is_told_again_from_the_ledger(
+    tmp_path: Path, make_training: Callable[..., Study], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "small.json"
+    file.write_text(make_training(trials=2, replication={"seeds": [7, 8]}).model_dump_json())
+    store = Store(tmp_path / "data")
+    assert run(file, store, Machine("inline")) == 0
+    was = told_by_mlflow(store)
+    assert len(was["runs"]) >= 5  # two phases, two trials, and one of them replicated
+    for database in tmp_path.glob("data/mlflow.db*"):
+        database.unlink()
+    catch_up(store, "small")
+    assert told_by_mlflow(store) == was
+    catch_up(store, "small")
+    assert told_by_mlflow(store) == was
+    assert mirror_violations(store, "small") == []
+
+
+def told_by_mlflow(store: Store) -> dict[str, list[Any]]:
+    """What MLflow shows of runs, parameters, points and ends; times apart."""
+    queries = {
+        "runs": "SELECT name, status FROM runs ORDER BY 1",
+        "params": "SELECT name, key, value FROM params JOIN runs USING (run_uuid) ORDER BY 1, 2",
+        "metrics": "SELECT name, key, step, value FROM metrics JOIN runs USING (run_uuid)"
+        " WHERE key NOT IN ('front_rank', 'hypervolume') ORDER BY 1, 2, 3",
+        "states": "SELECT name, key, value FROM tags JOIN runs USING (run_uuid)"
+        " WHERE key IN ('hqlt.state', 'hqlt.trial_id', 'hqlt.on_front') ORDER BY 1, 2",
+    }
+    with sqlite3.connect(store.data / "mlflow.db") as connection:
+        found = {name: connection.execute(query).fetchall() for name, query in queries.items()}
+    connection.close()
+    return found
+
+
+class Server:
+    """A real `mlflow server` on loopback, that can be killed and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port: int = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)),
+                *("--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder / 'server.db'}"),
+                *("--artifacts-destination", str(self.folder / "server-artifacts")),
+            ],
+            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def wait(self) -> None:
+        for _ in range(600):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=1):
+                return
+            time.sleep(0.1)
+        raise AssertionError("the server does not start")
+
+    def signal(self, number: int) -> None:
+        os.killpg(self._process.pid, number)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+        self._process.wait()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    made = Server(tmp_path)
+    yield made
+    made.kill()
+
+
+def test_no_point_is_lost_or_doubled_while_a_server_hangs_fails_and_dies(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    store = Store(tmp_path, mlflow=server.url)
+    spool = Spool(store, "small")  # before the server is up
+    steps = iter(range(1, 10**6))
+    spool.put(trial(0))
+    put: list[int] = []
+
+    def goes_on(seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            put.append(next(steps))
+            spool.put(point(put[-1]))
+            time.sleep(0.01)
+
+    def catches_up() -> None:
+        until = time.monotonic() + 60
+        while unshipped_bytes(store.spool_folder("small")) > 2000:
+            assert time.monotonic() < until, (store.spool_folder("small") / "writer.log").read_text()
+            goes_on(0.1)
+
+    server.wait()
+    catches_up()
+    server.signal(signal.SIGSTOP)  # accepts connections, and never answers
+    goes_on(5)
+    server.signal(signal.SIGCONT)
+    catches_up()
+    with sqlite3.connect(tmp_path / "server.db", timeout=30) as database:
+        database.execute("ALTER TABLE metrics RENAME TO hidden")  # answers 500
+        database.commit()
+        goes_on(3)
+        database.execute("ALTER TABLE hidden RENAME TO metrics")
+        database.commit()
+    database.close()
+    catches_up()
+    os.kill(spool._writer.pid, signal.SIGKILL)
+    server.kill()
+    goes_on(6)
+    server.start()
+    server.wait()
+    catches_up()
+    spool.put(end(0))
+    assert spool.close(60) == 0
+    with sqlite3.connect(tmp_path / "server.db") as database:
+        found = database.execute("SELECT step, count(*) FROM metrics WHERE key = 'loss' GROUP BY step").fetchall()
+        runs = database.execute("SELECT name, status FROM runs ORDER BY name").fetchall()
+    database.close()
+    assert found == [(step, 1) for step in put]
+    assert runs == [("0 model", "FINISHED"), ("search", "RUNNING")]

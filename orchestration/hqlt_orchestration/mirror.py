@@ -1,0 +1,305 @@
+"""What MLflow is told of a study, and how: records become experiments, runs, metrics and artifacts.
+
+All of it can be told twice: a run is found by its phase and trial number, and a point of a curve (metric, step, value)
+is sent only if MLflow does not have it. So nothing has to be remembered about what has arrived.
+
+One experiment per study, a parent run per phase, a child run per trial; MLflow's pages show one level of nesting.
+"""
+
+import contextlib
+import logging
+import math
+import os
+import shutil
+import sqlite3
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hqlt_orchestration.told import Ended, Record
+
+BATCH_METRICS = 800  # MLflow's own limits for one request: 1000 in all, 100 parameters, 100 tags
+BATCH_PARAMS = 100
+PARAM_CHARACTERS = 6000
+RunKey = tuple[str, int | None]
+"""(phase, trial number); None is the phase's parent run."""
+
+Point = tuple[int, float | None]
+
+
+@dataclass
+class _Pending:
+    """What one run has to be told, until the end of the batch."""
+
+    metrics: list[Any] = field(default_factory=list)
+    params: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+
+
+class Mirror:
+    """One study in MLflow. Telling it something again is harmless."""
+
+    def __init__(self, uri: str, artifacts: Path, study: str) -> None:
+        """Find what MLflow has of `study`; `is_new` says that it had nothing."""
+        from mlflow import MlflowClient
+
+        self._client = MlflowClient(tracking_uri=uri)
+        self._study = study
+        local = uri.startswith("sqlite:")
+        if local:
+            _use_wal(uri)
+        found = self._client.get_experiment_by_name(study)
+        self.is_new = found is None
+        if found is None:
+            where = str(artifacts.resolve() / study) if local else None
+            self._experiment = self._client.create_experiment(study, where, tags={"hqlt.study": study})
+        else:
+            where = found.artifact_location
+            self._experiment = found.experiment_id
+            if found.lifecycle_stage == "deleted":
+                self._client.restore_experiment(self._experiment)
+        # Of the experiment's artifacts, if it is on this machine.
+        self._folder = Path(where) if where is not None and where.startswith("/") else None
+        self._runs: dict[RunKey, str] = {}
+        self._states: dict[RunKey, str] = {}  # as MLflow has them
+        for run in self._all_runs():
+            tags = run.data.tags
+            if "hqlt.phase" not in tags:
+                continue
+            number = tags.get("hqlt.trial")
+            key = (tags["hqlt.phase"], int(number) if number is not None else None)
+            self._runs.setdefault(key, run.info.run_id)
+            finished = "complete" if run.info.status == "FINISHED" else "running"
+            self._states.setdefault(key, finished if number is None else tags.get("hqlt.state", "running"))
+        self._pending: dict[str, _Pending] = {}
+        self._fresh: set[str] = set()  # runs that have no points but those sent from here
+        self._points: dict[str, dict[str, set[Point]]] = {}  # of runs that go on, by metric, as far as they were needed
+
+    def _all_runs(self) -> Iterator[Any]:
+        token: str | None = None
+        while True:
+            page = self._client.search_runs([self._experiment], max_results=10_000, page_token=token)
+            yield from page
+            token = page.token
+            if not token:
+                return
+
+    def apply(self, records: Iterable[Record]) -> None:
+        """Ship `records`, in order."""
+        for record in records:
+            getattr(self, "_on_" + record["kind"])(record)
+        for run in list(self._pending):
+            self._send(run)
+
+    def forget_pending(self) -> None:
+        """Give up what a refused record has left behind."""
+        self._pending.clear()
+
+    def tell_missing(self, ended: Iterable[Ended]) -> None:
+        """Tell of what has ended and is not in MLflow, or not as ended."""
+        now = time.time_ns() // 1_000_000
+        for each in ended:
+            key = (each.phase, each.number)
+            state = self._states.get(key)
+            if state == each.state or (each.state == "running" and state is not None):
+                continue
+            try:
+                self.apply({"unix_ms": now, **record} for record in each.records)
+            except Exception as error:
+                if not is_refusal(error):
+                    raise
+                logging.warning("MLflow refuses what is to be told of %s %s: %s", *key, error)
+                self.forget_pending()
+            self._fresh.discard(self._runs.get(key, ""))  # its driver's own records may still come
+
+    def _on_phase(self, record: Record) -> None:
+        run = self._run(record["phase"], None, record, name=record["phase"])
+        self._client.update_run(run, status="RUNNING")
+        self._states[record["phase"], None] = "running"
+        self._keep_text(run, record["file_text"], "study.yaml")
+        self._keep_text(run, record["study_json"], "study.json")
+
+    def _on_phase_end(self, record: Record) -> None:
+        run = self._run(record["phase"], None, record, name=record["phase"])
+        self._send(run)
+        self._keep(run, record["artifacts"])
+        self._client.set_terminated(run, "FINISHED", record["unix_ms"])
+        self._states[record["phase"], None] = "complete"
+
+    def _on_trial(self, record: Record) -> None:
+        key = (record["phase"], record["number"])
+        again = key in self._runs
+        run = self._run(*key, record, name=record["name"], tags=record["tags"])
+        if again:  # another attempt repeats the steps since its checkpoint
+            self._fresh.discard(run)
+            self._client.update_run(run, status="RUNNING")
+        pending = self._of(run)
+        pending.params |= {name: str(value)[:PARAM_CHARACTERS] for name, value in record["params"].items()}
+        if record["trial_json"] is not None:
+            self._keep_text(run, record["trial_json"], "trial.json")
+
+    def _on_metrics(self, record: Record) -> None:
+        from mlflow.entities import Metric
+
+        run = self._run(record["phase"], record["number"], record)
+        self._of(run).metrics += [
+            Metric(name, value, record["unix_ms"], record["step"]) for name, value in record["metrics"].items()
+        ]
+
+    def _on_trial_end(self, record: Record) -> None:
+        self._on_metrics(record)
+        key = (record["phase"], record["number"])
+        run = self._run(*key, record)
+        self._send(run)
+        self._keep(run, record["artifacts"])
+        self._of(run).tags |= {"hqlt.state": record["state"], **record["tags"]}
+        self._send(run)
+        status = {"complete": "FINISHED", "stopped": "FINISHED", "paused": "KILLED"}.get(record["state"], "FAILED")
+        self._client.set_terminated(run, status, record["unix_ms"])
+        self._states[key] = record["state"]
+        self._points.pop(run, None)
+
+    def _on_front(self, record: Record) -> None:
+        from mlflow.entities import Metric
+
+        parent = self._run(record["phase"], None, record, name=record["phase"])
+        volume = Metric("hypervolume", record["hypervolume"], record["unix_ms"], record["step"])
+        self._of(parent).metrics.append(volume)
+        for number, rank in record["ranks"].items():
+            run = self._runs.get((record["phase"], int(number)))
+            if run is not None:
+                pending = self._of(run)
+                pending.metrics.append(Metric("front_rank", rank, record["unix_ms"], record["step"]))
+                pending.tags["hqlt.on_front"] = str(rank == 0).lower()
+
+    def _run(
+        self,
+        phase: str,
+        number: int | None,
+        record: Record,
+        name: str | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> str:
+        """The id of a run, which is made if MLflow has none for this phase and trial."""
+        key = (phase, number)
+        if key not in self._runs:
+            # Every run carries the study's tags: MLflow's filters drop children that lack what they filter by.
+            own = {"hqlt.study": self._study, "hqlt.phase": phase, **(tags or {})}
+            if number is not None:
+                own["hqlt.trial"] = str(number)
+                own["mlflow.parentRunId"] = self._run(phase, None, record, name=phase)
+            run = self._client.create_run(self._experiment, record["unix_ms"], own, name or f"trial {number}")
+            self._runs[key] = run.info.run_id
+            self._states[key] = "running"
+            self._fresh.add(run.info.run_id)
+        return self._runs[key]
+
+    def _keep(self, run: str, paths: Iterable[str]) -> None:
+        """Files and folders as artifacts of a run. On this machine they are linked, so they take no room twice."""
+        for path in map(Path, paths):
+            if not path.exists():
+                continue
+            if self._folder is None:
+                log = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
+                log(run, str(path), *([path.name] if path.is_dir() else []))
+                continue
+            target = self._folder / run / "artifacts" / path.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir():
+                shutil.copytree(path, target, dirs_exist_ok=True, copy_function=_link)
+            else:
+                shutil.copyfile(path, target)  # a log or a picture that may be written again
+
+    def _keep_text(self, run: str, text: str, name: str) -> None:
+        if self._folder is None:
+            self._client.log_text(run, text, name)
+            return
+        target = self._folder / run / "artifacts" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text, encoding="utf-8")
+
+    def _of(self, run: str) -> _Pending:
+        return self._pending.setdefault(run, _Pending())
+
+    def _send(self, run: str) -> None:
+        from mlflow.entities import Param, RunTag
+
+        pending = self._pending.pop(run, _Pending())
+        metrics = self._unknown_of(run, pending.metrics)
+        params = [Param(name, value) for name, value in pending.params.items()]
+        tags = [RunTag(name, value) for name, value in pending.tags.items()]
+        while metrics or params or tags:
+            self._client.log_batch(run, metrics[:BATCH_METRICS], params[:BATCH_PARAMS], tags[:100])
+            metrics, params, tags = metrics[BATCH_METRICS:], params[BATCH_PARAMS:], tags[100:]
+
+    def _unknown_of(self, run: str, metrics: list[Any]) -> list[Any]:
+        """Those of `metrics` that MLflow does not have."""
+        known = self._points.setdefault(run, {})
+        unknown = []
+        for metric in metrics:
+            if metric.key not in known:
+                there = [] if run in self._fresh else self._client.get_metric_history(run, metric.key)
+                known[metric.key] = {_point(each) for each in there}
+            if _point(metric) not in known[metric.key]:
+                known[metric.key].add(_point(metric))
+                unknown.append(metric)
+        return unknown
+
+
+def _point(metric: Any) -> Point:
+    """What makes two points the same. MLflow stores infinity as the largest float, and NaN is not equal to itself."""
+    value = None if math.isnan(metric.value) else max(-sys.float_info.max, min(sys.float_info.max, metric.value))
+    return metric.step, value
+
+
+KINDS = frozenset(name.removeprefix("_on_") for name in vars(Mirror) if name.startswith("_on_"))
+"""The records that are understood."""
+
+
+def knock(uri: str) -> None:
+    """Ask something cheap: raises as long as MLflow does not answer as it should."""
+    from mlflow import MlflowClient
+
+    MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether MLflow is well and will say the same again, whenever it is asked."""
+    from mlflow.exceptions import MlflowException
+
+    if not isinstance(error, MlflowException):
+        return False
+    status: int = error.get_http_status_code()  # type: ignore[no-untyped-call]  # MLflow's own
+    return status in (400, 409, 413, 422)
+
+
+def delete_experiment(uri: str, study: str) -> None:
+    """Mark the experiment of a study as deleted, in MLflow's own way: it can be restored there."""
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        return
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name(study)
+    if experiment is not None:
+        # A deleted experiment keeps its name, so a new study could not have it.
+        client.rename_experiment(experiment.experiment_id, f"{study} (deleted {time.time():.0f})")
+        client.delete_experiment(experiment.experiment_id)
+
+
+def _link(source: str, target: str) -> None:
+    """A hard link, or where the file system has none, a copy. Checkpoints are never written again."""
+    Path(target).unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _use_wal(uri: str) -> None:
+    """MLflow leaves SQLite in its slowest journal mode; the mode is a property of the file, so it is set once."""
+    with contextlib.closing(sqlite3.connect(uri.removeprefix("sqlite:///"), timeout=30)) as connection:
+        connection.execute("PRAGMA journal_mode=WAL")
