@@ -179,6 +179,8 @@ def _is_complete(scene: Scene) -> bool:
 
 
 def _note_recoveries(scene: Scene) -> None:
+    if not scene.lab.can_ask:
+        return
     for blow in scene.blows:
         if blow.recovered_s is not None or blow.lift is not None:
             continue

@@ -143,9 +143,11 @@ class Postgres:
 
     def start(self) -> None:
         self._run("pg_ctl", "-w", "-l", str(self._at / "log"), "-o", self._options, "start")
+        self.is_up = True
 
     def crash(self) -> None:
         """Every server process ends at once, as if killed."""
+        self.is_up = False
         self._run("pg_ctl", "-w", "-m", "immediate", "stop")
 
     def _run(self, program: str, *arguments: str) -> None:
@@ -253,8 +255,15 @@ class Lab:
             self._ledger = self.store.open_existing()
         return self._ledger
 
+    @property
+    def can_ask(self) -> bool:
+        """Whether the database is there: the ledger would wait for it, and nobody could bring it back meanwhile."""
+        return self.postgres is None or self.postgres.is_up
+
     def held(self) -> list[Held]:
         """The attempts that run; [] while the database cannot be read or does not know the study yet."""
+        if not self.can_ask:
+            return []
         query = (
             sa.select(ATTEMPTS.c.number, ATTEMPTS.c.seed, ATTEMPTS.c.attempt, DRIVERS.c.pid)
             .join(DRIVERS, DRIVERS.c.id == ATTEMPTS.c.driver)
@@ -272,6 +281,8 @@ class Lab:
 
     def newest_beat(self) -> float:
         """When a driver that is there last beat, in Unix seconds by the clock of its host; 0 if none can be read."""
+        if not self.can_ask:
+            return 0.0
         try:
             return max((driver.beat_at for driver in self.ledger.drivers(self.name)), default=0.0)
         except (HqltError, sa.exc.SQLAlchemyError):

@@ -1,6 +1,7 @@
 """One real fault each, and what has to be true after it. The rows are those of the table in orchestration/README.md."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,6 @@ from hqlt_trainer.run import run_trial
 from lab import Command, Lab, locked, study_text, wait_until
 
 MakeLab = Callable[..., Lab]
-FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
 STEPS = 400  # four seconds of an idle core
 PATIENCE_S = 300.0  # for a machine that does ten other things
 
@@ -154,25 +154,34 @@ def test_a_postgresql_that_crashes_under_a_study_costs_it_nothing(make_lab: Make
 
 # Row 12
 
+STEPPED_CLOCK = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <time.h>
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    static int (*real)(clockid_t, struct timespec *);
+    long offset = 0;
+    if (!real) real = (int (*)(clockid_t, struct timespec *))dlsym(RTLD_NEXT, "clock_gettime");
+    int failed = real(clock, now);
+    FILE *file = clock == CLOCK_REALTIME && getenv("CLOCK") ? fopen(getenv("CLOCK"), "r") : 0;
+    if (file) { if (fscanf(file, "%ld", &offset) == 1) now->tv_sec += offset; fclose(file); }
+    return failed;
+}
+"""
 
-@pytest.mark.skipif(FAKETIME is None, reason="libfaketime is not installed")
+
 def test_a_clock_that_is_set_an_hour_back_and_forth_costs_no_trial(make_lab: MakeLab, tmp_path: Path) -> None:
     clock = tmp_path / "clock"
-    clock.write_text("+0")
-    stepped = {
-        "LD_PRELOAD": str(FAKETIME),
-        "FAKETIME_TIMESTAMP_FILE": str(clock),
-        "FAKETIME_CACHE_DURATION": "1",
-        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-    }
-    lab = make_lab(text(trials=3, steps=800), environment=stepped)
+    clock.write_text("0")
+    shim = str(_compiled(STEPPED_CLOCK, tmp_path))
+    lab = make_lab(text(trials=3, steps=800), environment={"LD_PRELOAD": shim, "CLOCK": str(clock)})
     driver = lab.run("--executor", "inline")
     wait_for_training(lab, driver)
-    for offset in ("+3600", "-3600"):
-        clock.write_text(offset)
-        wait_until(
-            lambda shown=int(offset): abs(lab.newest_beat() - time.time() - shown) < 600, PATIENCE_S, "the new time"
-        )
+    for offset in (3600, -3600):
+        clock.write_text(str(offset))
+        wait_until(lambda shown=offset: abs(lab.newest_beat() - time.time() - shown) < 600, PATIENCE_S, "the new time")
         _join_for_a_moment(lab)  # a second driver judges the first, by a clock that is an hour off
     assert driver.wait(PATIENCE_S) == 0, driver.said
     attempts = lab.ledger.attempts("chaos")
@@ -281,11 +290,7 @@ print(found.step, notes)
 
 def test_a_checkpoint_that_could_not_be_synced_is_given_up_and_written_anew(tmp_path: Path) -> None:
     """The kernel reports an I/O error once and then forgets it: what could not be synced is not synced again."""
-    if subprocess.run(["which", "gcc"], capture_output=True).returncode:
-        pytest.skip("gcc is not installed")
-    shim = tmp_path / "shim.so"
-    compile_it = ["gcc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(shim), "-ldl"]
-    subprocess.run(compile_it, input=FAILING_FSYNC, text=True, check=True)
+    shim = _compiled(FAILING_FSYNC, tmp_path)
     folder = tmp_path / "checkpoints"
 
     def save(**environment: str) -> list[str]:
@@ -303,3 +308,13 @@ def test_a_checkpoint_that_could_not_be_synced_is_given_up_and_written_anew(tmp_
     assert save(LD_PRELOAD=str(shim), FAIL_AT="1") == ["Input/output error", "1 ()"]
     assert not list(folder.glob("*.tmp"))
     assert save() == ["2 ()"]
+
+
+def _compiled(source: str, folder: Path) -> Path:
+    """A library for LD_PRELOAD."""
+    if shutil.which("gcc") is None:
+        pytest.skip("gcc is not installed")
+    shim = folder / "shim.so"
+    compile_it = ["gcc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(shim), "-ldl"]
+    subprocess.run(compile_it, input=source, text=True, check=True)
+    return shim
