@@ -52,7 +52,10 @@ def random(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def parameter(replicas: int, *shape: int) -> Tensor:
-    return random(replicas, *shape, dtype=torch.float32)[slice(None) if replicas > 1 else 0]
+    """Replicas with a gap between them, as slices of a buffer of all parameters have."""
+    if replicas == 1:
+        return random(*shape, dtype=torch.float32)
+    return random(replicas, shape[0] + 1, *shape[1:], dtype=torch.float32)[:, :-1]
 
 
 NORMS = list(

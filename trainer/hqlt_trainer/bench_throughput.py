@@ -4,6 +4,9 @@ Every way is a number of worker processes, each of which trains some replicas of
 workers start, take a few steps, and wait until all are ready; what is timed is the steps they then take. Starting
 Python, building the model and judging it are left out, which flatters one process a training. The ways are measured
 in turns and the best turn of each counts, because whatever else the machine does only slows them.
+
+The first way is a process a training, one after another, each operation launched from Python: what a training script
+does. hqlt itself captures every step on a GPU, so the table has that too, by itself and in several processes.
 """
 
 import argparse
@@ -20,19 +23,20 @@ import torch
 from hqlt_search_space.arch import Arch
 from hqlt_search_space.paper import paper_arch
 from hqlt_search_space.recipe import Recipe
-from hqlt_search_space.tasks import Lengths, Parity
+from hqlt_search_space.tasks import Lengths, ModularArithmetic, Parity
 from hqlt_search_space.trial import Runtime
 
 from hqlt_trainer.environment import reproducible
 from hqlt_trainer.model import build_model
 from hqlt_trainer.replicas import EAGER_STEPS, Stack, feed
 from hqlt_trainer.tasks import build_task
+from hqlt_trainer.tasks.batch import TaskData
 
 WARM_UP_STEPS = EAGER_STEPS + 2
 STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 50}
 MANY_STEPS = 10**9
-STEPS_A_TRAINING = 20_000
-"""Those of the published parity recipe; it only converts a rate of steps into trainings an hour."""
+STEPS_A_TRAINING = {"parity": 20_000, "modular_arithmetic": 100_000}
+"""Those of the published recipes; they only convert a rate of steps into trainings an hour."""
 
 
 @dataclass(frozen=True)
@@ -48,17 +52,20 @@ class Way:
 
 @dataclass(frozen=True)
 class Model:
-    """What is trained: a size of the paper's synchronous blend on parity, and a batch."""
+    """What is trained: the paper's synchronous blend for a task, in a width, and a batch."""
 
+    task: Literal["parity", "modular_arithmetic"]
     d_model: int
     batch: int
 
     def __str__(self) -> str:
-        return f"parity, lengths 3-40, batch {self.batch}, synchronous blend, 2 layers, d_model {self.d_model}"
+        name = self.task.replace("_", " ")
+        arch = f"synchronous blend, {self.arch.n_layers} layers, d_model {self.d_model}"
+        return f"{name}, lengths 3-40, batch {self.batch}, {arch}"
 
     @property
     def arch(self) -> Arch:
-        published = paper_arch("hqlt_synchronous", "parity")
+        published = paper_arch("hqlt_synchronous", self.task)
         factor = published.d_model // self.d_model
         heads = {"n_heads": max(1, published.layers[0].n_heads // factor)}
         layers = tuple(layer.model_copy(update=heads) for layer in published.layers)
@@ -66,8 +73,15 @@ class Model:
             update={"d_model": self.d_model, "mlp_inner": published.mlp_inner // factor, "layers": layers}
         )
 
-    def recipe(self, steps: int) -> Recipe:
-        return Recipe(steps=steps, batch=self.batch)
+    def recipe(self, device: str) -> Recipe:
+        """Endless; on a GPU in bfloat16, as published."""
+        precision: Literal["float32", "bfloat16"] = "bfloat16" if device == "cuda" else "float32"
+        return Recipe(steps=MANY_STEPS, batch=self.batch, precision=precision)
+
+    def data(self) -> TaskData:
+        lengths = Lengths(low=3, high=40)
+        task = Parity(train_length=lengths) if self.task == "parity" else ModularArithmetic(train_length=lengths)
+        return build_task(task)
 
 
 def ways(device: str, n_cores: int, n_stacked: int) -> tuple[Way, ...]:
@@ -78,6 +92,7 @@ def ways(device: str, n_cores: int, n_stacked: int) -> tuple[Way, ...]:
             Way("3 processes share the GPU", n_processes=3),
             Way(f"{n_stacked} stacked", n_replicas=n_stacked),
             Way("one after another, captured", captured=True),
+            Way("3 processes share the GPU, captured", n_processes=3, captured=True),
             Way(f"{n_stacked} stacked, captured", n_replicas=n_stacked, captured=True),
         )
     return (
@@ -136,11 +151,10 @@ class Crew:
 
 def work(asked: dict[str, Any]) -> None:
     """One worker: builds, warms up, says so; then trains for each number of seconds it reads, and prints its rate."""
-    model = Model(asked["d_model"], asked["batch"])
+    model = Model(asked["task"], asked["d_model"], asked["batch"])
     device: Literal["cpu", "cuda"] = asked["device"]
     n = asked["n_replicas"]
-    recipe = model.recipe(MANY_STEPS)
-    task_data = build_task(Parity(train_length=Lengths(low=3, high=40)))
+    recipe, task_data = model.recipe(device), model.data()
     with reproducible(Runtime(device=device, n_threads=asked["n_threads"])):
         models = [build_model(model.arch, task_data.vocab_size, seed=seed, device=device) for seed in range(n)]
         stack = Stack(models, [recipe] * n, torch.device(device))
@@ -181,7 +195,7 @@ def compare(model: Model, device: str, n_stacked: int, seconds: float, turns: in
     print(f"\n{model}\n{'':<40}{'ms a training and step':>24}{'trainings an hour':>20}{'speed-up':>10}")
     for way, rate in best.items():
         remark = f"  not captured: {crews[way].not_captured}" if crews[way].not_captured else ""
-        hourly = rate * 3600 / STEPS_A_TRAINING
+        hourly = rate * 3600 / STEPS_A_TRAINING[model.task]
         print(f"{way.name:<40}{1e3 / rate:>24.2f}{hourly:>20.2f}{rate / slowest:>9.2f}x{remark}", flush=True)
     return max(best.values()) / slowest
 
@@ -197,11 +211,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     on_gpu = torch.cuda.is_available()
     name = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.backends.cpu.get_cpu_capability()}"
-    print(f"{name}, torch {torch.__version__}; a training is {STEPS_A_TRAINING} steps")
+    lengths = ", ".join(f"{steps} steps of {task}" for task, steps in STEPS_A_TRAINING.items())
+    print(f"{name}, torch {torch.__version__}; a training is {lengths}")
     load, n_cores = os.getloadavg()[0], os.cpu_count() or 1
     if load > n_cores / 2:
         print(f"this machine is busy (load {load:.1f} on {n_cores} cores): side by side looks slower than it is")
-    models = [(Model(128, 1024), 3), (Model(128, 64), 8)] if on_gpu else [(Model(32, 32), 8)]
+    models = [(Model("parity", 32, 32), 8)]
+    if on_gpu:
+        models = [
+            (Model("parity", 128, 1024), 3),
+            (Model("modular_arithmetic", 128, 256), 3),
+            (Model("parity", 128, 64), 8),
+        ]
     device = "cuda" if on_gpu else "cpu"
     speed_ups = [compare(model, device, stacked, options.seconds, options.turns) for model, stacked in models]
     print(f"speed-up over one training after another: {speed_ups[-1]:.2f}x")

@@ -230,6 +230,7 @@ class MixerLayer(nn.Module):
         if self.output_gate and o.shape[-1] > self.head_dim:  # in `concat`, whose two halves share the gate
             gate = torch.cat([self._heads(gate)] * 2, dim=-1).flatten(-2)
         if self.output_norm is not None:
+            o = o if self.n_heads > 1 else o.flatten(-2)
             _, (mixed,) = self.output_norm.into((self.o_proj.weight,), o, gate=gate if self.output_gate else None)
             return mixed, after
         if self.output_gate:

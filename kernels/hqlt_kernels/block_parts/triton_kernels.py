@@ -15,13 +15,14 @@ import triton.language as tl
 
 @triton.jit
 def norm_kernel(
-    x, delta, weight, gate, total, y, per_replica, gate_stride,
+    x, delta, weight, gate, total, y, per_replica, weight_stride, gate_stride,
     EPSILON: tl.constexpr, D: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     ADD: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
     """total = x + delta (with ADD); y = total / rms(total) weight (with GATE: SiLU(gate)).
 
-    x, delta, total, y are [n, D]; gate is [n / H, H D] with a stride between rows; weight [replicas, D].
+    x, delta, total, y are [n, D]; gate is [n / H, H D] with a stride between rows; weight [replicas, D] with
+    a stride between replicas.
     """
     replica = tl.program_id(1)
     tile = tl.program_id(0) * ROWS
@@ -34,7 +35,7 @@ def norm_kernel(
     if ADD:
         s += tl.load(delta + at, mask=ok, other=0.0).to(tl.float32)
         tl.store(total + at, s.to(total.dtype.element_ty), mask=ok)
-    w = tl.load(weight + replica * D + column, mask=column < D, other=0.0).to(tl.float32)
+    w = tl.load(weight + replica * weight_stride + column, mask=column < D, other=0.0).to(tl.float32)
     out = s * tl.rsqrt(tl.sum(s * s, 1) / D + EPSILON)[:, None] * w
     if GATE:
         gate_at = (base + row) // H * gate_stride + (base + row) % H * D + column
@@ -45,7 +46,7 @@ def norm_kernel(
 
 @triton.jit
 def norm_gradient_kernel(
-    total, weight, gate, dy, dtotal, dx, ddelta, dgate, dweight, y, per_replica, gate_stride,
+    total, weight, gate, dy, dtotal, dx, ddelta, dgate, dweight, y, per_replica, weight_stride, gate_stride,
     EPSILON: tl.constexpr, D: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     ADD: tl.constexpr, HAS_DTOTAL: tl.constexpr, GATE: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
@@ -55,7 +56,7 @@ def norm_gradient_kernel(
     replica = tl.program_id(1)
     n_programs = tl.num_programs(0)
     column = tl.arange(0, BLOCK)[None, :]
-    w = tl.load(weight + replica * D + column, mask=column < D, other=0.0).to(tl.float32)
+    w = tl.load(weight + replica * weight_stride + column, mask=column < D, other=0.0).to(tl.float32)
     row = tl.arange(0, ROWS)[:, None]
     dw = tl.zeros((ROWS, BLOCK), tl.float32)
     for tile in range(tl.program_id(0) * ROWS, per_replica, n_programs * ROWS):

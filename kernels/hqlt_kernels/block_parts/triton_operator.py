@@ -8,6 +8,7 @@ import triton
 from torch import Tensor
 
 from hqlt_kernels.block_parts import triton_kernels as kernels
+from hqlt_kernels.projections.triton_operator import sum_parts
 from hqlt_kernels.triton_eager import eager_operator, nobody_looks_on
 
 ELEMENTS = 2048
@@ -50,7 +51,7 @@ def run_norm(
     rows = max(1, ELEMENTS // block)
     gates = None if gate is None else _rows(gate)
     kernels.norm_kernel[(triton.cdiv(per_replica, rows), replicas)](
-        x, delta, weight, gates, total, y, per_replica, 0 if gates is None else gates.stride(0),
+        x, delta, weight, gates, total, y, per_replica, weight.stride(0), 0 if gates is None else gates.stride(0),
         EPSILON=epsilon, D=width, H=1 if gates is None else gates.shape[1] // width, ROWS=rows, BLOCK=block,
         ADD=delta is not None, GATE=gate is not None,
     )  # fmt: skip
@@ -77,12 +78,12 @@ def run_norm_gradient(
     partial = torch.empty(replicas, programs, width, dtype=torch.float32, device=total.device)
     gates = None if gate is None else _rows(gate)
     kernels.norm_gradient_kernel[(programs, replicas)](
-        total, weight, gates, dy, dtotal, dx, ddelta, dgate, partial, y, per_replica,
+        total, weight, gates, dy, dtotal, dx, ddelta, dgate, partial, y, per_replica, weight.stride(0),
         0 if gates is None else gates.stride(0),
         EPSILON=epsilon, D=width, H=1 if gates is None else gates.shape[1] // width, ROWS=rows, BLOCK=block,
         ADD=delta_dtype is not None, HAS_DTOTAL=dtotal is not None, GATE=gate is not None, AGAIN=again is not None,
     )  # fmt: skip
-    torch.sum(partial, 1, out=dweight.view(replicas, width))
+    sum_parts(partial, dweight)
     return [dx, ddelta, dweight, dgate, y]
 
 
