@@ -14,13 +14,15 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install check test test-gpu quickstart bench bench-kernels bench-training bench-throughput schema constraints
+.PHONY: help install check test test-full chaos test-gpu quickstart bench bench-kernels bench-training bench-throughput schema constraints
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make quickstart      install, run the first study and print its front'
 	@echo 'make install         .venv with hqlt and what it needs'
 	@echo 'make test            install what tests need and run them on the CPU'
+	@echo 'make test-full       the slow tests too, and every cheap fault 20 times; at most an hour'
+	@echo 'make chaos           half an hour of one study under random faults; SECONDS=300 SEED=7 for another'
 	@echo 'make test-gpu        run the tests of the GPU on one, minutes a part; PART=... is one of $(GPU_PARTS)'
 	@echo 'make check           format, lint, types and import arrows'
 	@echo 'make bench           overhead of the platform per trial, beside Ray Tune'
@@ -45,7 +47,17 @@ check: $(VENV)/.installed-dev
 # One thread: the tests' tensors are small, and two threads on two cores make them several times slower.
 # pytest's exit code 5 (no test was collected) fails like any other.
 test: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow'
+
+# The slow ones too, and 20 times one fault of every row of the fault matrix (tests/chaos).
+test-full: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest
+	for round in $$(seq 20); do \
+		OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/chaos/test_faults.py || exit; done
+
+# A study of 40 trials under random faults for half an hour, and the same study without: SECONDS=300 SEED=7 for another.
+chaos: $(VENV)/.installed-test
+	$(BIN)/python tests/chaos/chaos.py --seconds $(or $(SECONDS),1800) $(if $(SEED),--seed $(SEED))
 
 # Each part takes at most eight minutes on one H200, most of it compiling. The kernels' files hold what elsewhere runs in
 # Triton's interpreter too.
