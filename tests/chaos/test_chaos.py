@@ -4,7 +4,7 @@ import os
 import time
 from pathlib import Path
 
-from chaos import Plan, table, under_fire, unbroken
+from chaos import Plan, table, unbroken, under_fire
 from faults import FAULTS
 
 
