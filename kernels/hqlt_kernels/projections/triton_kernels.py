@@ -66,7 +66,7 @@ def _copied_part(
 def split_kernel(
     rows, filters, q, k, v, before_silu, beta, decay, mixing, gate, T, per_replica, stride, filter_stride,
     W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr, W3: tl.constexpr, W4: tl.constexpr, W5: tl.constexpr,
-    W6: tl.constexpr, TAPS: tl.constexpr, TAPS_PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    W6: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     FILTERED: tl.constexpr, ACTIVATE: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
     """`rows` [B T, ...] with a stride between rows into contiguous parts; filters [replicas, W0 + W1 + W2, TAPS].
@@ -78,37 +78,33 @@ def split_kernel(
     replica = tl.program_id(2)
     tile = tl.program_id(0) * ROWS
     base = replica.to(tl.int64) * per_replica + tile
+    row = tl.arange(0, ROWS)[:, None]
     if block < FILTERED:
         part, width, start, first = _filtered_part(block, q, k, v, W0, W1, W2, BLOCK)
-        tap = tl.arange(0, TAPS_PADDED)[:, None, None]
-        row = tl.arange(0, ROWS)[None, :, None]
-        own = first + tl.arange(0, BLOCK)[None, None, :]
-        back = TAPS - 1 - tap
+        own = first + tl.arange(0, BLOCK)[None, :]
         ok = (tile + row < per_replica) & (own < width)
-        seen = ok & (tap < TAPS) & ((tile + row) % T >= back)
-        x = tl.load(rows + base * stride + start + (row - back) * stride + own, mask=seen, other=0.0).to(tl.float32)
-        w = tl.load(
-            filters + replica * filter_stride + (start + own) * TAPS + tap, mask=(tap < TAPS) & (own < width), other=0.0
-        )
-        z = tl.sum(x * w.to(tl.float32), 0)
-        row2 = tl.arange(0, ROWS)[:, None]
-        own2 = first + tl.arange(0, BLOCK)[None, :]
-        ok2 = (tile + row2 < per_replica) & (own2 < width)
-        at = base * width + row2 * width + own2
+        t = (tile + row) % T
+        weights = filters + replica * filter_stride + (start + own) * TAPS
+        z = tl.zeros((ROWS, BLOCK), tl.float32)
+        for tap in tl.static_range(TAPS):
+            back = TAPS - 1 - tap
+            at = base * stride + start + (row - back) * stride + own
+            x = tl.load(rows + at, mask=ok & (t >= back), other=0.0).to(tl.float32)
+            z += x * tl.load(weights + tap, mask=own < width, other=0.0).to(tl.float32)
+        at = base * width + row * width + own
         if ACTIVATE and start == W0 + W1:
             if SAVE:
-                tl.store(before_silu + at, z.to(q.dtype.element_ty), mask=ok2)
+                tl.store(before_silu + at, z.to(q.dtype.element_ty), mask=ok)
             z *= tl.sigmoid(z)
-        tl.store(part + at, z.to(q.dtype.element_ty), mask=ok2)
+        tl.store(part + at, z.to(q.dtype.element_ty), mask=ok)
     else:
         part, width, start, first, _ = _copied_part(
             block - FILTERED, beta, decay, mixing, gate, W3, W4, W5, W6, 0, BLOCK
         )
-        row2 = tl.arange(0, ROWS)[:, None]
-        own2 = first + tl.arange(0, BLOCK)[None, :]
-        ok2 = (tile + row2 < per_replica) & (own2 < width)
-        y = tl.load(rows + base * stride + W0 + W1 + W2 + start + row2 * stride + own2, mask=ok2, other=0.0)
-        tl.store(part + base * width + row2 * width + own2, y, mask=ok2)
+        own = first + tl.arange(0, BLOCK)[None, :]
+        ok = (tile + row < per_replica) & (own < width)
+        y = tl.load(rows + base * stride + W0 + W1 + W2 + start + row * stride + own, mask=ok, other=0.0)
+        tl.store(part + base * width + row * width + own, y, mask=ok)
 
 
 @triton.jit
@@ -116,56 +112,48 @@ def split_gradient_kernel(
     rows, filters, q, k, v, before_silu, beta, decay, mixing, gate, drows, dfilters, T, per_replica, stride,
     filter_stride,
     W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr, W3: tl.constexpr, W4: tl.constexpr, W5: tl.constexpr,
-    W6: tl.constexpr, UNUSED: tl.constexpr, TAPS: tl.constexpr, TAPS_PADDED: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, FILTERED: tl.constexpr, ACTIVATE: tl.constexpr,
+    W6: tl.constexpr, UNUSED: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    FILTERED: tl.constexpr, ACTIVATE: tl.constexpr,
 ):  # fmt: skip
-    """drows, contiguous, whole; dfilters [replicas, programs, filtered columns, TAPS], to be summed. The seven parts
-    are their gradients.
+    """drows, contiguous, whole; dfilters [replicas, tiles, filtered columns, TAPS], to be summed. The seven parts are
+    their gradients.
     """
     C: tl.constexpr = W0 + W1 + W2
     W: tl.constexpr = C + W3 + W4 + W5 + W6 + UNUSED
     block = tl.program_id(1)
     replica = tl.program_id(2)
-    step = tl.num_programs(0) * ROWS
-    row2 = tl.arange(0, ROWS)[:, None]
+    tile = tl.program_id(0) * ROWS
+    base = replica.to(tl.int64) * per_replica + tile
+    row = tl.arange(0, ROWS)[:, None]
     if block < FILTERED:
         grad, width, start, first = _filtered_part(block, q, k, v, W0, W1, W2, BLOCK)
-        tap = tl.arange(0, TAPS_PADDED)[:, None, None]
-        row = tl.arange(0, ROWS)[None, :, None]
-        own = first + tl.arange(0, BLOCK)[None, None, :]
-        own2 = first + tl.arange(0, BLOCK)[None, :]
-        ahead = TAPS - 1 - tap
-        w = tl.load(
-            filters + replica * filter_stride + (start + own) * TAPS + tap, mask=(tap < TAPS) & (own < width), other=0.0
-        ).to(tl.float32)
-        dw = tl.zeros((TAPS_PADDED, ROWS, BLOCK), tl.float32)
-        for tile in range(tl.program_id(0) * ROWS, per_replica, step):
-            base = replica.to(tl.int64) * per_replica + tile
-            later = (tile + row < per_replica) & (own < width) & (tap < TAPS) & ((tile + row) % T + ahead < T)
+        own = first + tl.arange(0, BLOCK)[None, :]
+        ok = (tile + row < per_replica) & (own < width)
+        t = (tile + row) % T
+        weights = filters + replica * filter_stride + (start + own) * TAPS
+        sums = dfilters + ((replica * tl.num_programs(0) + tl.program_id(0)) * C + start + own) * TAPS
+        x = tl.load(rows + base * stride + start + row * stride + own, mask=ok, other=0.0).to(tl.float32)
+        dx = tl.zeros((ROWS, BLOCK), tl.float32)
+        for tap in tl.static_range(TAPS):
+            ahead = TAPS - 1 - tap
+            later = ok & (t + ahead < T)
             at = base * width + (row + ahead) * width + own
             dz = tl.load(grad + at, mask=later, other=0.0).to(tl.float32)
             if ACTIVATE and start == W0 + W1:
                 z = tl.load(before_silu + at, mask=later, other=0.0).to(tl.float32)
                 sigmoid = tl.sigmoid(z)
                 dz *= sigmoid * (1 + z * (1 - sigmoid))
-            ok2 = (tile + row2 < per_replica) & (own2 < width)
-            x = tl.load(rows + base * stride + start + row2 * stride + own2, mask=ok2, other=0.0).to(tl.float32)
-            dw += dz * x[None, :, :]
-            dx = tl.sum(dz * w, 0)
-            tl.store(drows + base * W + start + row2 * W + own2, dx.to(drows.dtype.element_ty), mask=ok2)
-        place = ((replica * tl.num_programs(0) + tl.program_id(0)) * C + start + own2) * TAPS
-        tap2 = tl.arange(0, TAPS_PADDED)[:, None]
-        tl.store(dfilters + place + tap2, tl.sum(dw, 1), mask=(tap2 < TAPS) & (own2 < width))
+            dx += dz * tl.load(weights + tap, mask=own < width, other=0.0).to(tl.float32)
+            tl.store(sums + tap, tl.sum(dz * x, 0)[None, :], mask=own < width)
+        tl.store(drows + base * W + start + row * W + own, dx.to(drows.dtype.element_ty), mask=ok)
     else:
         grad, width, start, first, is_unused = _copied_part(
             block - FILTERED, beta, decay, mixing, gate, W3, W4, W5, W6, UNUSED, BLOCK
         )
-        own2 = first + tl.arange(0, BLOCK)[None, :]
-        for tile in range(tl.program_id(0) * ROWS, per_replica, step):
-            base = replica.to(tl.int64) * per_replica + tile
-            ok2 = (tile + row2 < per_replica) & (own2 < width)
-            d = tl.load(grad + base * width + row2 * width + own2, mask=ok2 & (is_unused == 0), other=0.0)
-            tl.store(drows + base * W + C + start + row2 * W + own2, d.to(drows.dtype.element_ty), mask=ok2)
+        own = first + tl.arange(0, BLOCK)[None, :]
+        ok = (tile + row < per_replica) & (own < width)
+        d = tl.load(grad + base * width + row * width + own, mask=ok & (is_unused == 0), other=0.0)
+        tl.store(drows + base * W + C + start + row * W + own, d.to(drows.dtype.element_ty), mask=ok)
 
 
 @triton.jit

@@ -10,16 +10,17 @@ from torch import Tensor
 from hqlt_kernels.projections import triton_kernels as kernels
 from hqlt_kernels.triton_eager import eager_operator, nobody_looks_on
 
-PROGRAMS = 1056
-"""That share the rows of a sum, eight for each of an H200's multiprocessors; a constant, so that sums are too."""
-ROWS, BLOCK = 16, 64
+PROGRAMS = 528
+"""That share the rows of a sum, four for each of an H200's multiprocessors; a constant, so that sums are too."""
+BLOCK = 64
+SPLIT_ROWS, GRADIENT_ROWS = 32, 64
 
 
 def sum_parts(parts: Tensor, total: Tensor) -> None:
     """total = the sum of parts [replicas, parts, ...] over its second axis; contiguous, in a fixed order."""
     replicas, n_parts = parts.shape[:2]
     n = parts.numel() // (replicas * n_parts)
-    kernels.sum_kernel[(triton.cdiv(n, 64), replicas)](parts, total, n_parts, n, BLOCK=64, PARTS=32)
+    kernels.sum_kernel[(triton.cdiv(n, 32), replicas)](parts, total, n_parts, n, BLOCK=32, PARTS=128)
 
 
 def _replicas(parameter: Tensor, own_axes: int) -> int:
@@ -52,10 +53,10 @@ def run_split(rows: Tensor, filters: Tensor, widths: list[int], activate: bool, 
     per_replica = len(flat) // replicas
     n_filtered = sum(triton.cdiv(width, BLOCK) for width in widths[:3])
     n_blocks = n_filtered + sum(triton.cdiv(width, BLOCK) for width in widths[3:])
-    kernels.split_kernel[(triton.cdiv(per_replica, ROWS), n_blocks, replicas)](
+    kernels.split_kernel[(triton.cdiv(per_replica, SPLIT_ROWS), n_blocks, replicas)](
         flat, filters, q, k, v, before_silu, beta, decay, mixing, gate, rows.shape[1], per_replica, flat.stride(0),
-        filter_stride, *widths, TAPS=taps, TAPS_PADDED=triton.next_power_of_2(taps), ROWS=ROWS, BLOCK=BLOCK,
-        FILTERED=n_filtered, ACTIVATE=activate, SAVE=before_silu.numel() > 0,
+        filter_stride, *widths, TAPS=taps, ROWS=SPLIT_ROWS, BLOCK=BLOCK, FILTERED=n_filtered,
+        ACTIVATE=activate, SAVE=before_silu.numel() > 0,
     )  # fmt: skip
     return outputs
 
@@ -79,12 +80,12 @@ def run_split_gradient(
     per_replica = len(flat) // replicas
     n_filtered = sum(triton.cdiv(width, BLOCK) for width in widths[:3])
     n_blocks = n_filtered + sum(triton.cdiv(width, BLOCK) for width in [*widths[3:], unused])
-    programs = min(triton.cdiv(per_replica, ROWS), max(1, PROGRAMS // (n_blocks * replicas)))
+    programs = triton.cdiv(per_replica, GRADIENT_ROWS)
     parts = torch.empty(replicas, programs, *filters.shape[-2:], dtype=torch.float32, device=rows.device)
     kernels.split_gradient_kernel[(programs, n_blocks, replicas)](
         flat, filters, *grads[:3], before_silu, *grads[3:], drows, parts, rows.shape[1], per_replica, flat.stride(0),
-        filter_stride, *widths, UNUSED=unused, TAPS=taps, TAPS_PADDED=triton.next_power_of_2(taps), ROWS=ROWS,
-        BLOCK=BLOCK, FILTERED=n_filtered, ACTIVATE=activate, num_warps=8,
+        filter_stride, *widths, UNUSED=unused, TAPS=taps, ROWS=GRADIENT_ROWS, BLOCK=BLOCK, FILTERED=n_filtered,
+        ACTIVATE=activate, num_warps=8,
     )  # fmt: skip
     sum_parts(parts, dfilters)
     return [drows, dfilters]
@@ -187,7 +188,7 @@ def run_embed_gradient(tokens: Tensor, dy: Tensor, shape: list[int], dtype: torc
     replicas = 1 if len(shape) == 2 else shape[0]
     per_replica, rows, block = tokens.numel() // replicas, 32, 64
     n_blocks = triton.cdiv(width, block)
-    programs = min(triton.cdiv(per_replica, rows), max(1, PROGRAMS // 2 // (n_blocks * replicas)))
+    programs = min(triton.cdiv(per_replica, rows), max(1, PROGRAMS // (n_blocks * replicas)))
     parts = torch.empty(replicas, programs, n_tokens, width, dtype=torch.float32, device=dy.device)
     kernels.embed_gradient_kernel[(programs, n_blocks, replicas)](
         tokens, dy, parts, per_replica, V=n_tokens, D=width, V_PADDED=max(16, triton.next_power_of_2(n_tokens)),
