@@ -31,6 +31,7 @@ OBJECT_STORE_BYTES = 80 * 1024**2  # results are kilobytes; Ray's default is 30 
 PAUSE_GRACE_S = 30.0  # a paused trial writes its checkpoint within this time, or is killed
 _LONG_POLL_S = 2.0  # how long a worker holds an unanswered `events` call: one message per 2 s from a silent trial
 _WORKER_STARTS = 3  # workers that die before they are ready, in a row, before we say that none will start
+_NODE_LOOK_S = 5.0  # between two looks whether a node lives, while a worker is to start
 
 
 @dataclass(frozen=True, order=True)
@@ -387,6 +388,7 @@ class RayExecutor:
             max_concurrency=4,  # run, a long poll of events, and room for answer and cancel
         )
         self._failed_starts = 0
+        self._next_look = 0.0
         self._slots = [self._new_slot() for _ in range(slots)]
 
     def _new_slot(self) -> _Slot:
@@ -404,6 +406,7 @@ class RayExecutor:
         slot.waiting_for = slot.actor.events.remote(_LONG_POLL_S)
 
     def poll(self, timeout_s: float) -> list[Event]:
+        self._look_for_a_node()
         waiting = {slot.waiting_for: slot for slot in self._slots if slot.waiting_for is not None}
         if not waiting:
             return []
@@ -414,6 +417,22 @@ class RayExecutor:
         for reference in done:
             found += self._take(waiting[reference], reference)
         return found
+
+    def _look_for_a_node(self) -> None:
+        """Without one no worker will ever start, and Ray would wait for ever.
+
+        Raises:
+            ResourceError: Ray's last node is dead.
+        """
+        now = time.monotonic()
+        if now < self._next_look or all(slot.ready for slot in self._slots):
+            return
+        self._next_look = now + _NODE_LOOK_S
+        if not any(node["Alive"] for node in self._ray.nodes()):
+            raise ResourceError(
+                "Ray's node is dead (killed, or the machine was out of memory), and every worker with it; "
+                "`hqlt study resume` starts another"
+            )
 
     def _take(self, slot: _Slot, reference: Any) -> list[Event]:
         try:
