@@ -267,14 +267,15 @@ def logs(
 def doctor(
     data: Data = DEFAULT_DATA,
     store: Database = None,
-    study: Annotated[str | None, typer.Option(metavar="NAME", help="Check every result of this study too.")] = None,
+    mlflow: Mlflow = None,
+    study: Annotated[str | None, typer.Option(metavar="NAME", help="Mend this study and check its results.")] = None,
     as_json: Json = False,
 ) -> None:
     """What is installed, which backends run here and why, and whether the store is sound."""
     from hqlt_orchestration.doctor import doctor
     from hqlt_orchestration.store import Store
 
-    raise typer.Exit(doctor(Store(data, store), study, as_json=as_json))
+    raise typer.Exit(doctor(Store(data, store, mlflow), study, as_json=as_json))
 
 
 @app.command()

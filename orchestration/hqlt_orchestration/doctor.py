@@ -15,13 +15,17 @@ from hqlt_search_space.errors import HqltError
 
 from hqlt_orchestration.database import shown
 from hqlt_orchestration.invariants import database_violations, invariants
+from hqlt_orchestration.repair import repair
 from hqlt_orchestration.store import Store
 
 PACKAGES = ("hqlt", "torch", "numpy", "optuna", "ray", "mlflow", "sqlalchemy", "pydantic", "triton", "flash-attn-4")
 
 
 def doctor(store: Store, study: str | None, *, as_json: bool) -> int:
-    """Print a report; with `study`, check every result and checkpoint of it too. Returns 1 if anything is wrong."""
+    """Print a report; with `study`, mend that, and check every result and checkpoint of it.
+
+    Returns 1 if anything is wrong that could not be mended.
+    """
     report: dict[str, Any] = {
         "versions": _versions(),
         "devices": _devices(),
@@ -30,8 +34,9 @@ def doctor(store: Store, study: str | None, *, as_json: bool) -> int:
     }
     problems = [problem for found in report["stores"] for problem in found["problems"]]
     if study is not None:
+        mended = repair(store, study)
         found = invariants(store, study)
-        report["study"] = {"name": study, "problems": found}
+        report["study"] = {"name": study, "mended": mended, "problems": found}
         problems += found
     print(json.dumps(report) if as_json else _text(report))
     return int(bool(problems))
@@ -120,6 +125,7 @@ def _text(report: dict[str, Any]) -> str:
     if not report["stores"]:
         lines.append("no studies stored yet")
     if "study" in report:
+        lines += [f"mended: {what}" for what in report["study"]["mended"]]
         found = report["study"]["problems"]
         lines += found or [f"study {report['study']['name']}: every result and checkpoint is sound"]
     return "\n".join(lines)

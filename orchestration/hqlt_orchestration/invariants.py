@@ -15,7 +15,7 @@ from hqlt_search_space.study import Study
 
 from hqlt_orchestration.database import shown
 from hqlt_orchestration.drivers import DriverWatch
-from hqlt_orchestration.ledger import Ledger
+from hqlt_orchestration.ledger import SUM_ORDER, Ledger
 from hqlt_orchestration.store import Store
 from hqlt_orchestration.tables import ATTEMPTS, DRIVERS, FINISHED, ReplicaRow, State
 
@@ -40,6 +40,7 @@ def invariants(store: Store, study: str) -> list[str]:
             *budget_violations(ledger, study),
             *result_violations(ledger, store, study),
             *lease_violations(ledger, study),
+            *sum_violations(ledger, study),
             *history_violations(ledger, study),
             *database_violations(store.url),
             *file_violations(store, study),
@@ -111,6 +112,18 @@ def lease_violations(ledger: Ledger, name: str) -> Iterator[str]:
         n_held = held[replica.number, replica.seed]
         if n_held != (replica.state == "running"):
             yield f"{_where(replica)}: state {replica.state}, and {n_held} attempts run"
+
+
+def sum_violations(ledger: Ledger, name: str) -> Iterator[str]:
+    """A trial's state is that of its seeds: of one that has not ended, or else of the worst."""
+    states: dict[int, set[State]] = {}
+    for replica in ledger.replicas(name):
+        if replica.phase != "replicate":
+            states.setdefault(replica.number, set()).add(replica.state)
+    for trial in ledger.trials(name):
+        expected = min(states[trial.number], key=SUM_ORDER.index)
+        if trial.state != expected:
+            yield f"trial {trial.number}: state {trial.state}, and its seeds say {expected}"
 
 
 def history_violations(ledger: Ledger, name: str) -> Iterator[str]:

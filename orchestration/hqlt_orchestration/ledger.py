@@ -54,6 +54,9 @@ from hqlt_orchestration.tables import (
 )
 
 MAX_ATTEMPTS = 2  # a config that kills its worker twice will do so again; the rest of the study need not wait for it
+SUM_ORDER: tuple[State, ...] = ("running", "paused", "waiting", "quarantined", "failed", "stopped", "complete")
+"""The state of a trial is the first of these that one of its replicas has: an unfinished one outweighs a finished one,
+and a failure a success."""
 AttemptEnd = Literal["paused", "crashed", "hung", "out_of_memory"]
 """How an attempt may end without a result. All but the first count towards quarantine."""
 
@@ -370,7 +373,7 @@ class Ledger:
                 .where(_is_replica(study, lease.number, lease.seed))
                 .values(state=result.status, result=outcome.model_dump_json())
             )
-            return _sum_up(tx, study, lease.number)
+            return sum_up(tx, study, lease.number)
 
     def release(self, study: str, lease: AttemptKey, how: AttemptEnd, message: str | None = None) -> State | None:
         """End an attempt without a result. Returns the state of its replica, or None if the attempt had ended."""
@@ -393,7 +396,7 @@ class Ledger:
         with self.write() as tx:
             asked = tx.execute(REPLICAS.update().where(unfinished).values(cancelled=True)).rowcount
             tx.execute(REPLICAS.update().where(unfinished, REPLICAS.c.state != "running").values(state="stopped"))
-            _sum_up(tx, study, number)
+            sum_up(tx, study, number)
         return asked
 
     def end_cancelled(self, study: str, lease: AttemptKey) -> None:
@@ -409,7 +412,7 @@ class Ledger:
                 .where(_is_replica(study, lease.number, lease.seed), REPLICAS.c.result.is_(None))
                 .values(state="stopped")
             )
-            _sum_up(tx, study, lease.number)
+            sum_up(tx, study, lease.number)
 
     def trials(self, study: str) -> list[TrialRow]:
         """Every trial in order of number."""
@@ -605,7 +608,7 @@ def _lease(tx: sa.Connection, study: str, number: int, seed: int, driver: Driver
             started_at=time.time(),
         )
     )
-    _sum_up(tx, study, number)
+    sum_up(tx, study, number)
     return AttemptKey(number, seed, attempt)
 
 
@@ -619,19 +622,17 @@ def _end_attempt(
     crashes: int = tx.execute(
         REPLICAS.update().where(where).values(crashes=REPLICAS.c.crashes + int(crash)).returning(REPLICAS.c.crashes)
     ).scalar_one()
-    state: State = "paused" if how == "paused" else "quarantined" if crashes >= MAX_ATTEMPTS else "waiting"
-    tx.execute(REPLICAS.update().where(where).values(state=state))
-    _sum_up(tx, study, lease.number)
-    return state
+    state = "paused" if how == "paused" else "quarantined" if crashes >= MAX_ATTEMPTS else "waiting"
+    tx.execute(REPLICAS.update().where(where, REPLICAS.c.result.is_(None)).values(state=state))
+    sum_up(tx, study, lease.number)
+    return tx.execute(sa.select(REPLICAS.c.state).where(where)).scalar_one()
 
 
-def _sum_up(tx: sa.Connection, study: str, number: int) -> State:
+def sum_up(tx: sa.Connection, study: str, number: int) -> State:
     """Set a trial's state from the replicas it was made with; fresh seeds of a replication do not change it."""
     mine = sa.and_(REPLICAS.c.study == study, REPLICAS.c.number == number, REPLICAS.c.phase != "replicate")
     states: set[State] = set(tx.scalars(sa.select(REPLICAS.c.state).where(mine).distinct()))
-    # An unfinished replica outweighs a finished one, and a failure outweighs a success.
-    order: tuple[State, ...] = ("running", "paused", "waiting", "quarantined", "failed", "stopped", "complete")
-    state = next(state for state in order if state in states)
+    state = min(states, key=SUM_ORDER.index)
     tx.execute(
         TRIALS.update()
         .where(TRIALS.c.study == study, TRIALS.c.number == number)

@@ -64,6 +64,10 @@ def rerun(
     if seed is not None and seed != stored.seed:
         changes = {**changes, "seed": seed}
     trial = stored.outcome.trial
+    spared = stored.outcome.replicas[0].accumulation
+    if spared is not None:  # memory was too small: it trained alone, in smaller parts, and so it does again
+        runtime = trial.runtime.model_copy(update={"accumulation": spared})
+        trial = trial.model_copy(update={"seeds": (stored.seed,), "runtime": runtime})
     if changes:
         trial = trial.model_copy(update={"config": config, "seeds": (stored.seed if seed is None else seed,)})
     folder = store.data / "reruns" / f"{study_name}-{number}-{time.time_ns() // 1_000_000}"

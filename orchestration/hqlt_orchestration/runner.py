@@ -31,7 +31,7 @@ from hqlt_orchestration.executor import (
     Paused,
     RungReached,
 )
-from hqlt_orchestration.ledger import AttemptEnd, Ledger, NewTrial, Refused
+from hqlt_orchestration.ledger import AttemptEnd, Ledger, NewTrial, Refused, spared_memory
 from hqlt_orchestration.progress import Estimate, ProgressView, Standing
 from hqlt_orchestration.results import minimised, objectives_of, trial_record
 from hqlt_orchestration.store import Store
@@ -184,7 +184,7 @@ class Driver:
             if number not in known:
                 self._proposer.accept(number, row.proposal)
             if row.state in FINISHED and not known.get(number, False):
-                self._tell(number, row.state)
+                self._tell(number)
 
     def _begin(self, phase: Phase) -> None:
         self._phase = phase
@@ -350,16 +350,26 @@ class Driver:
     def _submit(self, key: AttemptKey) -> None:
         row = self._rows.get(key.number) or self._ledger.trial(self._name, key.number)
         self._rows[key.number] = row
-        stack = self._stack(row, key.seed)
+        accumulation = self._spared(row, key)
+        stack = self._stack(row, key.seed) if accumulation is None else (key.seed,)
         keys = [key]
         if len(stack) > 1:
             keys += self._ledger.lease_with(self._name, self._driver, key, stack)
-        trial = self._trial(row, stack)
+        trial = self._trial(row, stack, accumulation)
         self._put(told.trial_begins(self._phase, row, trial))
         self._running |= {each: _Running(row) for each in keys}
         for each in keys:
             self._watchdog.begin(each)
         self._executor.submit(Job(tuple(keys), trial, self._store.trial_folder(self._name, row.number)))
+
+    def _spared(self, row: TrialRow, key: AttemptKey) -> int | None:
+        """Micro-batches a step for a replica whose process was ended because the machine had no more memory."""
+        if key.attempt == 1:
+            return None
+        earlier = [attempt for attempt in self._ledger.attempts(self._name, row.number) if attempt.seed == key.seed]
+        recipe = row.config.recipe
+        ran_out = any(attempt.state == "out_of_memory" for attempt in earlier)
+        return min(recipe.batch, 2 * recipe.accumulation) if ran_out else None
 
     def _stack(self, row: TrialRow, seed: int) -> tuple[int, ...]:
         """The seeds that train together with `seed`, itself included; the same after every kind of stop."""
@@ -370,14 +380,18 @@ class Driver:
         stacks = stacking(row.config, seeds, self._executor.device).stacks
         return next(stack for stack in stacks if seed in stack)
 
-    def _trial(self, row: TrialRow, seeds: tuple[int, ...]) -> Trial:
+    def _trial(self, row: TrialRow, seeds: tuple[int, ...], accumulation: int | None) -> Trial:
         stopping = self._study.early_stopping
         rungs = stopping.rungs if stopping is not None and self._phase == "search" else ()
         return Trial(
             config=row.config,
             seeds=seeds,
             rungs=tuple(rung for rung in rungs if rung < row.config.recipe.steps),
-            runtime=Runtime(device=self._executor.device, n_threads=max(1, int(self._study.resources.cpu))),
+            runtime=Runtime(
+                device=self._executor.device,
+                n_threads=max(1, int(self._study.resources.cpu)),
+                accumulation=accumulation,
+            ),
             study=self._name,
             number=row.number,
         )
@@ -460,6 +474,8 @@ class Driver:
             left = self._n_total() - self._n_done() - 1
             goes_on = "1 trial goes on" if left == 1 else f"{left} trials go on"
             self._view.say(f"trial {key.number}: {result.message or result.reason}: marked failed, {goes_on}")
+        if spared := spared_memory(result):
+            self._view.say(f"trial {key.number}, seed {key.seed}: {spared}")
         self._put_metrics(key, result.step, told.final_metrics(result))
         if self._phase == "replicate" or state in FINISHED:
             self._trial_ended(running.trial, state, outcome)
@@ -477,7 +493,7 @@ class Driver:
             replicas = self._ledger.replicas(self._name, row.number)
         record = trial_record(self._study, row, replicas)
         self._records[row.number] = record
-        self._tell(row.number, state)
+        self._tell(row.number)
         self._put_trial_end(row.number, state, record.replicas, record.objectives)
 
     def _replica_ended(self, row: TrialRow) -> None:
@@ -490,14 +506,10 @@ class Driver:
         if all(replica.state in FINISHED for replica in fresh):
             self._put_trial_end(row.number, "complete", record.replication, {})
 
-    def _tell(self, number: int, state: State) -> None:
-        if self._proposer is None:
-            return
-        objectives = self._records[number].objectives
-        values = [objectives[name] for name in self._study.objectives] if objectives else None
-        stopped = any(replica.status == "stopped" for replica in self._records[number].replicas)
-        self._proposer.accept(number, self._rows[number].proposal)  # whose driver may have died before it did
-        self._proposer.tell(number, values, stopped=state == "stopped" and stopped)
+    def _tell(self, number: int) -> None:
+        if self._proposer is not None:
+            self._proposer.accept(number, self._rows[number].proposal)  # whose driver may have died before it did
+            self._proposer.tell_of(self._records[number])
 
     # What is shown
 

@@ -24,7 +24,7 @@ from hqlt_search_space.axes import AxisDomain, AxisValue, Choices, IntegerRange,
 from hqlt_search_space.cost import costs
 from hqlt_search_space.errors import InvalidArchError
 from hqlt_search_space.study import Study
-from hqlt_search_space.trial import Config
+from hqlt_search_space.trial import Config, TrialRecord
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, RDBStorage, get_storage
@@ -230,6 +230,12 @@ class Proposer:
         trial.state = state
         trial.values = [float(value) for value in values] if complete and values is not None else None
         trial.datetime_complete = datetime.now()
+
+    def tell_of(self, record: TrialRecord) -> None:
+        """Tell Optuna of a trial that has ended: COMPLETE with its objectives, PRUNED at a rung, else FAIL."""
+        values = [record.objectives[name] for name in self._study.objectives] if record.objectives else None
+        stopped = record.state == "stopped" and any(replica.status == "stopped" for replica in record.replicas)
+        self.tell(record.number, values, stopped=stopped)
 
     def known(self) -> dict[int, bool]:
         """The trials in Optuna's history by ledger number, and whether each has been told."""

@@ -1,12 +1,14 @@
 """Small studies, and a store for each test."""
 
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hqlt_orchestration.store import Store
 from hqlt_search_space.study import Study
+from rich.console import Console
 
 MakeStudy = Callable[..., Study]
 
@@ -75,3 +77,39 @@ def make_training(make_study: MakeStudy) -> MakeStudy:
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "data")
+
+
+Drive = Callable[[Study, Store], str]
+
+
+@pytest.fixture
+def drive() -> Drive:
+    """What `hqlt study run` does, in this process and without MLflow; returns how it ended."""
+    from hqlt_orchestration.executor import InlineExecutor
+    from hqlt_orchestration.progress import ProgressView
+    from hqlt_orchestration.runner import Driver, Interrupts
+    from hqlt_orchestration.sampler import Proposer
+    from hqlt_orchestration.tables import StudyRow
+
+    def drive(study: Study, store: Store) -> str:
+        ledger = store.open()
+        new = StudyRow(
+            study.name, study.model_dump_json(), "", study.space_hash, study.n_trials, "open", None, None, 0.0
+        )
+        study = Study.from_json(ledger.add_study(new).study)
+        with ProgressView(study.name, Console(file=StringIO())) as view:
+            ending = Driver(
+                study,
+                store=store,
+                ledger=ledger,
+                executor=lambda: InlineExecutor(cpus=1, gpus=0),
+                proposer=Proposer(study, ledger),
+                spool=None,
+                view=view,
+                interrupts=Interrupts(),
+            ).run()
+        ledger.update_study(study.name, state=ending)
+        ledger.close()
+        return ending
+
+    return drive

@@ -4,46 +4,22 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from hqlt_orchestration.executor import InlineExecutor
 from hqlt_orchestration.invariants import invariants
-from hqlt_orchestration.progress import ProgressView
-from hqlt_orchestration.runner import Driver, Interrupts
 from hqlt_orchestration.sampler import Proposer
 from hqlt_orchestration.store import Store
-from hqlt_orchestration.tables import StudyRow
 from hqlt_search_space.study import Study
-from rich.console import Console
 
 MakeStudy = Callable[..., Study]
+Drive = Callable[[Study, Store], str]
 MOMENTS = ("before_cursor_execute", "commit")
 
 
-def drive(study: Study, store: Store) -> None:
-    """What `hqlt study run` does, without MLflow."""
-    ledger = store.open()
-    ledger.add_study(StudyRow("small", study.model_dump_json(), "", "h", study.n_trials, "open", None, None, 0.0))
-    with ProgressView("small", Console(file=StringIO())) as view:
-        ending = Driver(
-            study,
-            store=store,
-            ledger=ledger,
-            executor=lambda: InlineExecutor(cpus=1, gpus=0),
-            proposer=Proposer(study, ledger),
-            spool=None,
-            view=view,
-            interrupts=Interrupts(),
-        ).run()
-    assert ending == "complete"
-    ledger.close()
-
-
-def drive_until(moment: int, study: Study, store: Store) -> None:
+def drive_until(moment: int, drive: Drive, study: Study, store: Store) -> None:
     """`drive` in this process, which is killed at that moment; what ends before leaves with exit code 0.
 
     A moment is a statement that is about to be sent, or a transaction that is about to be committed: on any database
@@ -63,9 +39,9 @@ def drive_until(moment: int, study: Study, store: Store) -> None:
     os._exit(0)
 
 
-def killed(moment: int, study: Study, store: Store) -> bool:
+def killed(moment: int, drive: Drive, study: Study, store: Store) -> bool:
     """Whether a driver that was to die at that moment came so far."""
-    process = multiprocessing.get_context("fork").Process(target=drive_until, args=(moment, study, store))
+    process = multiprocessing.get_context("fork").Process(target=drive_until, args=(moment, drive, study, store))
     process.start()
     process.join(120)
     assert process.exitcode in (0, -signal.SIGKILL), f"killed at moment {moment}: exit code {process.exitcode}"
@@ -90,7 +66,7 @@ def all_that_counts(store: Store) -> list[Any]:
     "every", [pytest.param(1, marks=pytest.mark.slow), 29], ids=["every moment", "every 29th moment"]
 )
 def test_a_driver_killed_between_any_two_statements_loses_and_doubles_nothing(
-    every: int, make_study: MakeStudy, tmp_path: Path
+    every: int, make_study: MakeStudy, drive: Drive, tmp_path: Path
 ) -> None:
     study = make_study(trials=2, sampler="random")
     unbroken = Store(tmp_path / "unbroken")
@@ -98,7 +74,7 @@ def test_a_driver_killed_between_any_two_statements_loses_and_doubles_nothing(
     expected = all_that_counts(unbroken)
     for moment in range(every // 2, 10_000, every):
         store = Store(tmp_path / str(moment))
-        if not killed(moment, study, store):
+        if not killed(moment, drive, study, store):
             assert moment > 100, "a moment is counted for nothing that happens"
             break
         drive(study, store)

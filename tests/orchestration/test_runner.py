@@ -1,6 +1,7 @@
 """The study loop, with real training where it matters, inline so that one process sees it all."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hqlt_orchestration.executor import Crashed, Event, Executor, Finished, InlineExecutor, Job, Measured
+from hqlt_orchestration.executor import AttemptKey, Crashed, Event, Executor, Finished, InlineExecutor, Job, Measured
 from hqlt_orchestration.ledger import Ledger
+from hqlt_orchestration.look import status_text
 from hqlt_orchestration.progress import ProgressView
 from hqlt_orchestration.rerun import rerun
 from hqlt_orchestration.results import study_results
 from hqlt_orchestration.runner import Driver, Ending, Interrupts
 from hqlt_orchestration.sampler import Proposer
 from hqlt_orchestration.store import Store
-from hqlt_orchestration.tables import StudyRow
+from hqlt_orchestration.tables import DriverId, StudyRow
 from hqlt_search_space.study import Study
 from rich.console import Console
 
@@ -275,3 +277,51 @@ def test_a_full_disk_pauses_the_study(make_study: MakeStudy, store: Store) -> No
     assert drive(study, store, Watched(unchanged)) == "complete"
     with opened(store) as ledger:
         assert ledger.counts("small")["complete"] == 2
+
+
+def test_a_trial_ended_for_want_of_memory_is_tried_again_with_half_the_rows_and_says_so(
+    make_training: MakeStudy, store: Store
+) -> None:
+    """The machine's own out-of-memory killer is played here; run_trial meets the real thing in the trainer's tests."""
+
+    def see(event: Event) -> Event:
+        if not isinstance(event, Finished) or event.key != AttemptKey(0, 0, 1):
+            return event
+        shutil.rmtree(store.trial_folder("small", 0) / "seed-0")  # it did not come so far
+        return Crashed(event.key, "ended because the machine ran out of memory", out_of_memory=True)
+
+    output, executor = StringIO(), Watched(see)
+    study = make_training(trials=2, search=None, budget={}, ablation={"vary": {"window": [4, 8]}, "seeds": [0, 1]})
+    assert drive(study, store, executor, output=output) == "complete"
+    again = next(job for job in executor.submitted if job.keys[0] == AttemptKey(0, 0, 2))
+    assert (again.trial.runtime.accumulation, again.trial.seeds) == (2, (0,))
+    assert "trial 0, seed 0: memory was too small; trained with 2 micro-batches a step" in output.getvalue()
+    with opened(store) as ledger:
+        result = ledger.replicas("small", 0)[0].result
+        assert result is not None
+        assert result.accumulation == 2
+        said = status_text(ledger, "small", as_json=False)
+    assert "attempts that came to no result: 1 out of memory" in said
+    assert "trial 0, seed 0: memory was too small; trained with 2 micro-batches a step" in said
+
+
+def test_a_driver_that_was_given_up_goes_on_as_a_new_one(
+    make_training: MakeStudy, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hqlt_orchestration.runner.BEAT_S", 0.0)
+    given_up: list[DriverId] = []
+
+    def see(event: Event) -> Event:
+        if isinstance(event, Measured) and not given_up:
+            with opened(store) as ledger:
+                drivers = ledger.drivers("small")
+                given_up.extend(driver.id for driver in drivers)
+                assert ledger.forget_drivers("small", drivers) == [(AttemptKey(0, 0, 1), "waiting")]
+        return event
+
+    output = StringIO()
+    assert drive(make_training(steps=400, trials=2), store, Watched(see), output=output) == "complete"
+    assert "this driver stood still" in output.getvalue()
+    with opened(store) as ledger:
+        attempts = [(a.number, a.attempt, a.state) for a in ledger.attempts("small")]
+    assert attempts == [(0, 1, "crashed"), (0, 2, "complete"), (1, 1, "complete")]
