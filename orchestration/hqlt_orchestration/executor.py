@@ -11,12 +11,13 @@ import queue
 import secrets
 import shutil
 import socket
+import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
@@ -24,6 +25,7 @@ from hqlt_search_space.errors import HqltError, ResourceError, TrialPausedError
 from hqlt_search_space.trial import Trial, TrialResult
 
 from hqlt_orchestration.orphans import SESSION_VARIABLE, alone_in, end_dead_sessions, new_session
+from hqlt_orchestration.packing import Need, Placement, place, placed
 
 TRIALS_PER_WORKER = 200  # then a fresh process, so that a slow leak of a library cannot grow without end
 LOG_FILE = "log.txt"
@@ -134,6 +136,7 @@ class Executor(Protocol):
     name: str
     device: Device
     slots: int
+    placement: Placement
 
     def free(self) -> int:
         """How many jobs may be submitted now."""
@@ -305,6 +308,7 @@ class InlineExecutor:
         if gpus and not self._worker.has_cuda():
             raise _no_gpu(gpus)
         self.device: Device = "cuda" if self._worker.has_cuda() and gpus != 0 else "cpu"
+        self.placement = Placement(1.0 if self.device == "cuda" else 0.0, 1)
         self._running: set[AttemptKey] = set()
         self._thread: threading.Thread | None = None
 
@@ -362,8 +366,18 @@ class RayExecutor:
 
     name = "ray"
 
-    def __init__(self, *, slots: int, cpus: int, gpus: float | None, address: str | None = None) -> None:
-        """Start Ray on this machine, or join the cluster at `address`. `gpus` None: share what GPUs there are.
+    def __init__(
+        self,
+        *,
+        slots: int,
+        cpus: int,
+        gpus: float | None,
+        need: Callable[[], Need | None] = lambda: None,
+        address: str | None = None,
+    ) -> None:
+        """Start Ray on this machine, or join the cluster at `address`.
+
+        `gpus` None: share what GPUs there are among as many trials as `need` lets fit; there may be fewer slots then.
 
         Raises:
             ResourceError: a GPU is asked for and there is none, or no cluster answers at `address`.
@@ -372,12 +386,16 @@ class RayExecutor:
         import ray
 
         self._ray: Any = ray  # most of it has no types
-        self.slots = slots
         n_gpus: float = self._ray.cluster_resources().get("GPU", 0.0)
         if gpus and n_gpus < gpus:
             self._stop_ray()
             raise _no_gpu(gpus) if not n_gpus else ResourceError(f"resources.gpu: {gpus} a trial; Ray has {n_gpus:g}")
-        share = min(1.0, int(n_gpus / slots * 10_000) / 10_000) if gpus is None else gpus
+        if gpus is None and n_gpus:
+            self.placement = place(slots, n_gpus, self._gpu_memory_bytes(), need())
+        else:
+            self.placement = Placement(gpus or 0.0, slots)
+        self.slots = slots = self.placement.slots
+        share = self.placement.share
         self.device: Device = "cuda" if share else "cpu"
         self._cpus = cpus
         self._actor_class: Any = self._ray.remote(Worker).options(
@@ -391,6 +409,11 @@ class RayExecutor:
         self._next_look = 0.0
         self._slots = [self._new_slot() for _ in range(slots)]
 
+    def _gpu_memory_bytes(self) -> int | None:
+        """What the GPU that Ray gives to a task has, which may be on another machine; None if nobody there can say."""
+        asked: int | None = self._ray.get(self._ray.remote(_gpu_memory_bytes).options(num_gpus=0.0001).remote())
+        return asked
+
     def _new_slot(self) -> _Slot:
         actor = self._actor_class.remote(self._cpus, capture=True)
         return _Slot(actor, actor.has_cuda.remote())
@@ -399,6 +422,8 @@ class RayExecutor:
         return sum(slot.ready and not slot.keys for slot in self._slots)
 
     def submit(self, job: Job) -> None:
+        if self.device == "cuda" and self.placement.share < 1:
+            job = replace(job, trial=placed(job.trial, self.placement))
         slot = next(slot for slot in self._slots if slot.ready and not slot.keys)
         slot.keys = set(job.keys)
         slot.n_jobs += 1
@@ -573,6 +598,16 @@ def _spoils_its_worker(end: Event) -> bool:
     if isinstance(end, Finished):
         return any(replica.reason in ("out_of_memory", "error") for replica in end.result.replicas)
     return isinstance(end, Crashed)
+
+
+def _gpu_memory_bytes() -> int | None:
+    """Memory of the smallest GPU that this process may use, by the driver's own tool: torch would take seconds."""
+    try:
+        asked = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+        told = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True)  # noqa: S603  from PATH
+        return min(int(line) for line in told.stdout.splitlines()) * 2**20
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
 
 
 def _no_gpu(gpus: float) -> ResourceError:

@@ -163,8 +163,8 @@ def ablation(name: str, out: Path | None, metric: str | None, store: Store) -> N
     Raises:
         HqltError: the study is a search, has no results, or the suffix is another.
     """
-    from hqlt_dashboards.ablation import ablation_table, by_task
-    from hqlt_dashboards.published import published_tables
+    from hqlt_dashboards.ablation import AblationTable, ablation_table, by_task
+    from hqlt_dashboards.published import PublishedTable, published_tables
 
     ledger = store.open_existing()
     study = Study.from_json(ledger.study(name).study)
@@ -177,7 +177,8 @@ def ablation(name: str, out: Path | None, metric: str | None, store: Store) -> N
         return
     if out.suffix not in (".md", ".tex"):
         raise HqltError(f"cannot write a table as {out.suffix or 'a file without suffix'!r}; give .md or .tex")
-    tables = [*(ablation_table(part, metric) for part in by_task(results)), *published_tables(results)]
+    tables: list[AblationTable | PublishedTable] = [ablation_table(part, metric) for part in by_task(results)]
+    tables += published_tables(results)
     texts = [table.to_markdown() if out.suffix == ".md" else table.to_latex() for table in tables]
     try:
         out.write_text("\n".join(texts), encoding="utf-8")

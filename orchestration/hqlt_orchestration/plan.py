@@ -65,9 +65,8 @@ def print_cost(file: Path, store: Store) -> None:
     """Parameters, FLOPs and bytes of the study's models, and the hours that training them takes."""
     study = checked_study(file)
     if study.ablation is not None:
-        cells = study.cells()
-        found = [cell.config for cell in cells]
-        for cell in cells:
+        found = [cell.config for cell in study.cells()]
+        for cell in study.cells():
             if len(study.by_task()) > 1 and cell.label == BASELINE:
                 print(f"{spoken(cell.config.task.kind)}:")
             cost = costs(cell.config)
@@ -75,7 +74,7 @@ def print_cost(file: Path, store: Store) -> None:
             print(f"{cell.label:<36} {format_value('parameters', cost['parameters']):>9} parameters{left}")
         print()
     else:
-        found = list(_some_configs(study))
+        found = list(some_configs(study))
     table = [costs(config) for config in found]
     print(f"{'':<18}{'smallest':>12}{'median':>12}{'largest':>12}   of {len(table)} configs")
     for name in SHOWN:
@@ -118,7 +117,7 @@ def _speed(store: Store) -> float | None:
     return statistics.median(speeds) if speeds else None
 
 
-def _some_configs(study: Study) -> Iterator[Config]:
+def some_configs(study: Study) -> Iterator[Config]:
     """Feasible configs drawn at random, always the same ones."""
     draw = random.Random(0)  # noqa: S311  a sample, not a secret
     seen: set[str] = set()

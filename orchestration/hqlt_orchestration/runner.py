@@ -138,6 +138,8 @@ class Driver:
         try:
             self._adopt()
             self._executor = self._start_executor()
+            if self._executor.placement.why:
+                self._view.say(self._executor.placement.why)
             self._ledger.set_executor(self._driver, self._executor.name)
             try:
                 return self._run_phases()

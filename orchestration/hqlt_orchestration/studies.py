@@ -20,7 +20,8 @@ from hqlt_search_space.trial import StudyResults
 from hqlt_orchestration.database import shown
 from hqlt_orchestration.doors import doors, open_doors_sentence
 from hqlt_orchestration.ledger import Ledger
-from hqlt_orchestration.plan import checked_study
+from hqlt_orchestration.packing import Need, need_of
+from hqlt_orchestration.plan import checked_study, some_configs
 from hqlt_orchestration.progress import ProgressView
 from hqlt_orchestration.results import study_results
 from hqlt_orchestration.store import Store
@@ -128,7 +129,7 @@ def _drive(study: Study, store: Store, ledger: Ledger, machine: Machine) -> int:
     with ExitStack() as stack:
         stack.callback(ledger.close)
         # Ray takes seconds to start: it does so while the samplers and the tables are loaded.
-        started = stack.enter_context(_in_background(lambda: make_executor(study, machine)))
+        started = stack.enter_context(_in_background(lambda: make_executor(study, machine, ledger)))
         view = stack.enter_context(ProgressView(study.name))
         view.say(f"study {study.name}: results go to {store.data}")
 
@@ -242,8 +243,8 @@ def _export_front(results: StudyResults, store: Store, spool: "Spool") -> None:
     spool.put(phase_ends(phase, [str(path) for path in paths]))
 
 
-def make_executor(study: Study, machine: Machine) -> "Executor":
-    """The executor that `machine` asks for, with the resources of `study`.
+def make_executor(study: Study, machine: Machine, ledger: Ledger) -> "Executor":
+    """The executor that `machine` asks for, with the resources of `study`; what is in the ledger says what fits.
 
     Raises:
         ResourceError: a GPU is asked for and there is none.
@@ -254,7 +255,14 @@ def make_executor(study: Study, machine: Machine) -> "Executor":
     gpus = None if study.resources.gpu == "auto" else study.resources.gpu
     if machine.executor == "inline":
         return InlineExecutor(cpus=cpus, gpus=gpus)
-    return RayExecutor(slots=study.budget.parallel, cpus=cpus, gpus=gpus, address=machine.ray_address)
+
+    def need() -> Need | None:
+        cells = [cell.config for cell in study.cells()]
+        replicas = (replica for row in ledger.studies() for replica in ledger.replicas(row.name))
+        outcomes = (replica.outcome for replica in replicas if replica.outcome is not None)
+        return need_of(cells or some_configs(study), study.seeds, outcomes)
+
+    return RayExecutor(slots=study.budget.parallel, cpus=cpus, gpus=gpus, need=need, address=machine.ray_address)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ softmax, rotary embeddings and the elementwise part of mixing, which are of orde
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Literal
 
 from hqlt_search_space.arch import Arch
 from hqlt_search_space.mixers import Attention, DelayedChunk, DelayedStreaming, FastWeight, Hybrid, Mixer, Synchronous
@@ -30,7 +31,8 @@ COSTS: Mapping[str, str] = MappingProxyType(
 )
 
 _FLOAT32_BYTES = 4
-_BYTES = {"float32": 4, "bfloat16": 2}
+BYTES = {"float32": 4, "bfloat16": 2}
+"""Of a number, by a recipe's precision."""
 
 
 def costs(config: Config) -> dict[str, float]:
@@ -45,8 +47,8 @@ def costs(config: Config) -> dict[str, float]:
         "training_flops": training_flops_per_token * trained * recipe.batch * recipe.steps,
         "decode_flops": decode_flops(arch, vocab, context),
         "fw_state_bytes": fw_state_bytes(arch),
-        "kv_cache_bytes": kv_cache_bytes(arch, context, _BYTES[recipe.precision]),
-        "state_bytes": state_bytes(arch, context, _BYTES[recipe.precision]),
+        "kv_cache_bytes": kv_cache_bytes(arch, context, BYTES[recipe.precision]),
+        "state_bytes": state_bytes(arch, context, BYTES[recipe.precision]),
         "training_bytes": training_bytes(arch, vocab, trained, recipe),
     }
 
@@ -93,17 +95,32 @@ def state_bytes(arch: Arch, context: int, bytes_per_number: int) -> int:
     return fw_state_bytes(arch) + kv_cache_bytes(arch, context, bytes_per_number) + convolutions + waiting
 
 
-def training_bytes(arch: Arch, vocab: int, length: int, recipe: Recipe) -> int:
-    """Roughly what training holds at once: 16 bytes a parameter, and what a micro-batch saves for its backward.
+_SAVED_WIDTHS = {"attention": (4, 9), "fast_weight": (8, 19), "hybrid": (12, 23)}
+"""Numbers that a layer's mixer keeps a token for its backward, in units of d_model: at the recipe's precision, and in
+float32, which the memories compute in. Counted with torch's hooks on saved tensors at d 128 with short convolutions and
+gates; the largest of a kind's rules, blends and mixings stands for all."""
 
-    Weights, gradients and two moments are float32. Saved per token and layer: about 14 d for norms, projections and
-    mixer, 4 inner for the MLP; per token the logits and their gradient in float32. Attention is taken to save no
-    scores. Good to a factor of two: enough to see that a config does not fit.
+
+def training_bytes(arch: Arch, vocab: int, length: int, recipe: Recipe) -> int:
+    """Roughly what training one replica holds at once: 16 bytes a parameter, and what a micro-batch saves.
+
+    Weights, gradients and two moments are float32. Saved per token and layer: what the mixer keeps (`_SAVED_WIDTHS`),
+    and three times the inner width of the MLP; per token the logits and their gradient in float32. Attention is taken
+    to save no scores. On a CPU within 0.6 and 1.6 of what is counted there (tests/trainer/test_memory.py); fused
+    kernels keep less.
     """
     tokens = recipe.batch // recipe.accumulation * length
-    per_layer = 14 * arch.d_model + 4 * arch.mlp_inner
-    saved = tokens * (arch.n_layers * per_layer * _BYTES[recipe.precision] + 2 * vocab * _FLOAT32_BYTES)
-    return 16 * parameters(arch, vocab) + saved
+    return 16 * parameters(arch, vocab) + tokens * saved_bytes_per_token(arch, vocab, recipe.precision)
+
+
+def saved_bytes_per_token(arch: Arch, vocab: int, precision: Literal["float32", "bfloat16"]) -> int:
+    """What a token of a training batch keeps in memory from the forward to the backward pass."""
+    saved = 2 * vocab * _FLOAT32_BYTES
+    for layer in arch.layers:
+        at_precision, in_float32 = _SAVED_WIDTHS[layer.kind]
+        saved += (at_precision * arch.d_model + 3 * arch.mlp_inner) * BYTES[precision]
+        saved += in_float32 * arch.d_model * _FLOAT32_BYTES
+    return saved
 
 
 def mean_visible_keys(mixer: Mixer, context: int) -> float:

@@ -37,6 +37,10 @@ class Runtime(Spec):
         "auto", "definition", "chunked", "triton", "flash_attn_4", "flash_attn_2", "torch_flash", "flex_attention"
     ] = Field(default="auto", description="Of the operators; the last four of attention alone.")
     knock_outs: bool = Field(default=True, description="Evaluate with each memory silenced as well.")
+    gpu_share: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None, description="Of a GPU's memory, CUDA's own included, that the process may take; null: all of it."
+    )
+    gpu_share_reason: str = Field(default="", description="Why it has that share.")
     accumulation: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="Micro-batches a step where memory was too small for the recipe's; seeds train alone."
     )

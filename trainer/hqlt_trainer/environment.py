@@ -19,6 +19,7 @@ from hqlt_search_space.errors import ResourceError
 from hqlt_search_space.trial import Environment, Runtime
 
 import hqlt_trainer
+from hqlt_trainer.memory import CUDA_BYTES
 
 
 def environment(runtime: Runtime) -> Environment:
@@ -73,6 +74,8 @@ def reproducible(runtime: Runtime) -> Iterator[None]:
         )
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     _keep_freed_memory()
+    if runtime.device == "cuda":
+        _take_no_more_than(runtime.gpu_share)
     threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -87,6 +90,13 @@ def reproducible(runtime: Runtime) -> Iterator[None]:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         deterministic_options.fill_uninitialized_memory = fill
+
+
+def _take_no_more_than(share: float | None) -> None:
+    """Bounds what torch takes of the GPU; beyond it this trial is out of memory, and not its neighbour."""
+    total: int = torch.cuda.get_device_properties(0).total_memory
+    fraction = 1.0 if share is None else max(0.0, share - CUDA_BYTES / total)
+    torch.cuda.set_per_process_memory_fraction(fraction)
 
 
 @functools.cache

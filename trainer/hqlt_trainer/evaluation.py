@@ -10,13 +10,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from hqlt_trainer.corpus import DOCUMENT_START
+from hqlt_trainer.memory import EVALUATION_TOKENS
 from hqlt_trainer.mixers import HybridLayer, Memory
 from hqlt_trainer.model import Model
 from hqlt_trainer.precision import autocast
 from hqlt_trainer.tasks.batch import IGNORED, Batch, LengthBucket, Split, TaskData
-
-BATCH_TOKENS = {"cpu": 2**14, "cuda": 2**18}
-"""Tokens in an evaluation batch at the longest length: enough to fill the device, on a CPU few enough for its cache."""
 
 
 class EvaluationData:
@@ -36,7 +34,7 @@ class EvaluationData:
         self.chance = task_data.chance
         self.counts_bytes = task_data.counts_bytes
         self.buckets: tuple[LengthBucket, ...] = task_data.length_buckets(split)
-        rows = max(1, BATCH_TOKENS[torch.device(device).type] // context)
+        rows = max(1, EVALUATION_TOKENS[torch.device(device).type] // context)
         self.batches: tuple[Batch, ...] = tuple(task_data.evaluation_batches(split, rows, device))
 
 
