@@ -172,6 +172,22 @@ def test_a_product_that_does_not_keep_its_input_is_the_plain_form(case: dict[str
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("replicas", [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_mix_of_two_memories_its_norm_and_its_product_are_the_plain_form(dtype: torch.dtype, replicas: int) -> None:
+    inputs = list(random(3, replicas * 5, 7, 2, 24, dtype=dtype).unbind())
+
+    def kernel(kv: Tensor, fw: Tensor, logits: Tensor, norm: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        return (products._MixNormLinear.apply(kv, fw, logits, norm, EPSILON, weight.to(kv.dtype)),)
+
+    def plain(kv: Tensor, fw: Tensor, logits: Tensor, norm: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        mixed = torch.lerp(kv, fw, logits.sigmoid())
+        return (linear(operator.rms_norm(mixed, norm, EPSILON).flatten(2), weight.to(kv.dtype)),)
+
+    check(kernel, plain, [*inputs, parameter(replicas, 24), parameter(replicas, 16, 48)])
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("replicas", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_swiglu_and_its_product_is_the_plain_form(dtype: torch.dtype, replicas: int) -> None:
     gate, up = random(2, replicas * 5, 7, 48, dtype=dtype).unbind()
     weight = parameter(replicas, 16, 48)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from hqlt_search_space.arch import Arch
+from hqlt_trainer import mixers
 from hqlt_trainer.model import Model, build_model
 from hqlt_trainer.replicas import stack_models
 from torch import Tensor
@@ -46,6 +47,7 @@ def test_a_model_on_the_kernels_is_the_model(
     for module in (parts, products, columns):
         monkeypatch.setattr(module, "has_kernel", lambda *_: True)
     monkeypatch.setattr(projections, "_has_kernel", lambda *_: True)
+    monkeypatch.setattr(mixers, "mixes_late", lambda _: True)
     by_kernels = logits_and_gradients(model, at)
     assert plain.keys() == by_kernels.keys()
     for key, expected in plain.items():

@@ -21,7 +21,7 @@ from typing import Any, Literal, assert_never
 import torch
 from hqlt_kernels.backends import Forced
 from hqlt_kernels.blend import BlendState, blend
-from hqlt_kernels.block_parts import add_rms_norm, linear, norm_linear, rms_norm
+from hqlt_kernels.block_parts import add_rms_norm, linear, mix_norm_linear, norm_linear, rms_norm
 from hqlt_kernels.fast_weight import fast_weight
 from hqlt_kernels.projections import embed, split_columns, split_projections, take_rows
 from hqlt_kernels.rotary import rotate
@@ -37,6 +37,8 @@ NORM_EPSILON = 1e-5
 ALIGNED = 16
 """Columns between which the projections of a token begin on a GPU: 32 bytes in bfloat16."""
 ROPE_BASE = 10_000.0
+SHORT = 64
+"""Tokens of a sequence that the blend computes in one program a head."""
 
 Memory = Literal["kv", "fw"]
 
@@ -162,6 +164,14 @@ class Projected:
     gate: Tensor
 
 
+@dataclass(frozen=True)
+class Unmixed:
+    """What both memories of a hybrid answer, [B, T, H, D], to be mixed by the kernel of the output norm."""
+
+    kv: Tensor
+    fw: Tensor
+
+
 class MixerLayer(nn.Module):
     """What the three mixers share: projections, short convolution, output norm and gate, output projection."""
 
@@ -224,6 +234,8 @@ class MixerLayer(nn.Module):
             o, after = self.read(projected, state)
         if after is not None:
             after = LayerState(after.position + rows.shape[1], conv, after.kv, after.fw, after.blend)
+        if isinstance(o, Unmixed):
+            return self._mixed_output(o, projected.mixing, at), after
         gate = projected.gate
         if at is not None:
             o, gate = take_rows(o.flatten(0, 1), at), take_rows(gate.flatten(0, 1), at)
@@ -237,7 +249,15 @@ class MixerLayer(nn.Module):
             o = o * self._heads(functional.silu(gate))
         return self.o_proj(o.flatten(-2)), after
 
-    def read(self, projected: Projected, state: LayerState | None) -> tuple[Tensor, LayerState | None]:
+    def _mixed_output(self, o: "Unmixed", logits: Tensor, at: Tensor | None) -> Tensor:
+        assert self.output_norm is not None
+        parts = [o.kv, o.fw, self._heads(logits)]
+        if at is not None:
+            parts = [take_rows(part.flatten(0, 1), at) for part in parts]
+        kv, fw, gates = parts
+        return mix_norm_linear(kv, fw, gates, self.output_norm.weight, NORM_EPSILON, self.o_proj.weight)
+
+    def read(self, projected: Projected, state: LayerState | None) -> "tuple[Tensor | Unmixed, LayerState | None]":
         """The memory's output [B, T, H, D] (2 D for `concat`) and, if a state was given, the state of the memory."""
         raise NotImplementedError
 
@@ -362,10 +382,11 @@ class HybridLayer(MixerLayer):
         if self.spec.mixing == "static_scalar":
             self.mixing_scalars.fill_(1.0)
 
-    def read(self, projected: Projected, state: LayerState | None) -> tuple[Tensor, LayerState | None]:
+    def read(self, projected: Projected, state: LayerState | None) -> tuple[Tensor | Unmixed, LayerState | None]:
         spec = self.spec
         mixes_here = spec.branch_norm or self.silenced is not None or self.observer is not None
         fused = spec.mixing == "dynamic_vector" and not mixes_here
+        late = fused and not spec.output_gate and mixes_late(projected.q)
         out = blend(
             projected.q,
             projected.k,
@@ -377,7 +398,7 @@ class HybridLayer(MixerLayer):
             feature_map=spec.rule.feature_map,
             kv_rope_base=ROPE_BASE if spec.positions == "rope" else None,
             fw_rope_base=ROPE_BASE if spec.fw_positions == "rope" else None,
-            gate=self._heads(projected.mixing) if fused else None,
+            gate=self._heads(projected.mixing) if fused and not late else None,
             state=state.blend if state is not None else None,
             return_state=state is not None,
             backend=self.backend,
@@ -388,6 +409,8 @@ class HybridLayer(MixerLayer):
             return out.mixed, after
         assert out.kv is not None  # without a gate
         assert out.fw is not None
+        if late:
+            return Unmixed(out.kv, out.fw), after
         return self._mix(out.kv, out.fw, projected.mixing), after
 
     def _mix(self, kv: Tensor, fw: Tensor, logits: Tensor) -> Tensor:
@@ -428,6 +451,11 @@ class HybridLayer(MixerLayer):
             case _:
                 assert_never(mixing)
         return kv, fw
+
+
+def mixes_late(q: Tensor) -> bool:
+    """Whether the output norm mixes the memories, which saves a pass; the blend has those of short ones in registers."""
+    return q.is_cuda and q.shape[1] > SHORT
 
 
 def build_mixer(spec: Mixer, d_model: int, backend: Forced) -> MixerLayer:

@@ -1,7 +1,8 @@
 """Matrix products that read a norm or SwiGLU, without keeping what lies between.
 
     total = x + delta      y = rms_norm(total) SiLU(g)      out_i = y W_i^T
-    y = SiLU(gate) up      out = y W^T
+    y = rms_norm(kv + sigmoid(g) (fw - kv))          out = y W^T
+    y = SiLU(gate) up                                out = y W^T
 
 For the gradient of W autograd would keep y, which is as large as the tensors that it is made of. The kernels of the
 backward have y in their registers anyway and write it once more: 2 bytes an element to write for 2 to keep. In a block
@@ -48,6 +49,15 @@ def norm_linear(
     if y.shape[-1] != weights[0].shape[-1]:
         y = y.flatten(-2)
     return total, tuple(linear(y, weight) for weight in weights)
+
+
+def mix_norm_linear(kv: Tensor, fw: Tensor, logits: Tensor, norm: Tensor, epsilon: float, weight: Tensor) -> Tensor:
+    """The `linear` of the `rms_norm` of kv + sigmoid(logits) (fw - kv), [..., H, D] each, heads one after the other."""
+    if has_kernel(kv, norm) and nobody_looks_on(kv):
+        out: Tensor = _MixNormLinear.apply(kv, fw, logits, norm, epsilon, weight)  # type: ignore[no-untyped-call]
+        return out
+    mixed = torch.lerp(kv, fw, logits.sigmoid().to(kv.dtype))
+    return linear(rms_norm(mixed, norm, epsilon).flatten(-2), weight)
 
 
 def swiglu_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
@@ -101,6 +111,32 @@ class _NormLinear(torch.autograd.Function):
             None,
             *dweights,
         )
+
+
+class _MixNormLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, kv: Tensor, fw: Tensor, logits: Tensor, norm: Tensor, epsilon: float, weight: Tensor
+    ) -> Tensor:
+        from hqlt_kernels.block_parts import triton_operator
+
+        kv, fw, logits = kv.contiguous(), fw.contiguous(), logits.contiguous()
+        ctx.save_for_backward(kv, fw, logits, norm, weight)
+        ctx.epsilon, ctx.dtype = epsilon, triton_operator.narrow(kv)
+        y = triton_operator.run_mix_norm(kv, fw, logits, norm, epsilon, ctx.dtype)
+        return linear(y.flatten(-2), weight.to(ctx.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        from hqlt_kernels.block_parts import triton_operator
+
+        kv, fw, logits, norm, weight = ctx.saved_tensors
+        dy = _input_gradient([dout], [weight]).view(kv.shape)
+        dkv, dfw, dlogits, dnorm, y = triton_operator.run_mix_norm_gradient(
+            kv, fw, logits, norm, dy, ctx.epsilon, ctx.dtype
+        )
+        return dkv, dfw, dlogits, dnorm, None, _weight_gradient(dout, y, weight)
 
 
 class _SwiGLULinear(torch.autograd.Function):

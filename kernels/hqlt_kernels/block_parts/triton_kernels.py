@@ -91,6 +91,59 @@ def norm_gradient_kernel(
 
 
 @triton.jit
+def mix_norm_kernel(
+    kv, fw, logits, weight, y, per_replica, weight_stride,
+    EPSILON: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """y = mixed / rms(mixed) weight, mixed = kv + sigmoid(logits) (fw - kv); all [n, D], weight [replicas, D]."""
+    replica = tl.program_id(1)
+    tile = tl.program_id(0) * ROWS
+    row = tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    ok = (tile + row < per_replica) & (column < D)
+    at = (replica.to(tl.int64) * per_replica + tile) * D + row * D + column
+    a = tl.load(kv + at, mask=ok, other=0.0).to(tl.float32)
+    b = tl.load(fw + at, mask=ok, other=0.0).to(tl.float32)
+    s = a + tl.sigmoid(tl.load(logits + at, mask=ok, other=0.0).to(tl.float32)) * (b - a)
+    w = tl.load(weight + replica * weight_stride + column, mask=column < D, other=0.0).to(tl.float32)
+    out = s * tl.rsqrt(tl.sum(s * s, 1) / D + EPSILON)[:, None] * w
+    tl.store(y + at, out.to(y.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def mix_norm_gradient_kernel(
+    kv, fw, logits, weight, dy, dkv, dfw, dlogits, dweight, y, per_replica, weight_stride,
+    EPSILON: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradients, dweight [replicas, programs, D] to be summed, and the forward's y."""
+    replica = tl.program_id(1)
+    n_programs = tl.num_programs(0)
+    row = tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    w = tl.load(weight + replica * weight_stride + column, mask=column < D, other=0.0).to(tl.float32)
+    dw = tl.zeros((ROWS, BLOCK), tl.float32)
+    for tile in range(tl.program_id(0) * ROWS, per_replica, n_programs * ROWS):
+        ok = (tile + row < per_replica) & (column < D)
+        at = (replica.to(tl.int64) * per_replica + tile) * D + row * D + column
+        a = tl.load(kv + at, mask=ok, other=0.0).to(tl.float32)
+        b = tl.load(fw + at, mask=ok, other=0.0).to(tl.float32)
+        g = tl.sigmoid(tl.load(logits + at, mask=ok, other=0.0).to(tl.float32))
+        d = tl.load(dy + at, mask=ok, other=0.0).to(tl.float32)
+        s = a + g * (b - a)
+        r = tl.rsqrt(tl.sum(s * s, 1) / D + EPSILON)[:, None]
+        normed = s * r
+        tl.store(y + at, (normed * w).to(y.dtype.element_ty), mask=ok)
+        dw += d * normed
+        d *= w
+        ds = r * (d - normed * (tl.sum(d * normed, 1) / D)[:, None])
+        tl.store(dkv + at, (ds * (1 - g)).to(dkv.dtype.element_ty), mask=ok)
+        tl.store(dfw + at, (ds * g).to(dfw.dtype.element_ty), mask=ok)
+        tl.store(dlogits + at, (ds * (b - a) * g * (1 - g)).to(dlogits.dtype.element_ty), mask=ok)
+    place = (replica * n_programs + tl.program_id(0)) * D + column
+    tl.store(dweight + place, tl.sum(dw, 0)[None, :], mask=column < D)
+
+
+@triton.jit
 def swiglu_kernel(gate, up, y, n, BLOCK: tl.constexpr):
     """y = SiLU(gate) up; all contiguous with n elements."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

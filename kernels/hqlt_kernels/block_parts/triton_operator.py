@@ -124,6 +124,40 @@ norm_forward.register_autograd(lambda ctx, grads: _norm_backward(norm_backward, 
 eager_norm = eager_operator(run_norm, _setup_norm, lambda ctx, *grads: _norm_backward(run_norm_gradient, ctx, grads), 2)
 
 
+def run_mix_norm(kv: Tensor, fw: Tensor, logits: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
+    """The norm of kv + sigmoid(logits) (fw - kv), all [..., D] and contiguous."""
+    y = torch.empty_like(kv, dtype=dtype)
+    width, replicas = kv.shape[-1], _replicas(weight, 1)
+    per_replica = kv.numel() // width // replicas
+    block = triton.next_power_of_2(width)
+    rows = max(1, ELEMENTS // block)
+    kernels.mix_norm_kernel[(triton.cdiv(per_replica, rows), replicas)](
+        kv, fw, logits, weight, y, per_replica, weight.stride(0), EPSILON=epsilon, D=width, ROWS=rows, BLOCK=block
+    )
+    return y
+
+
+def run_mix_norm_gradient(
+    kv: Tensor, fw: Tensor, logits: Tensor, weight: Tensor, dy: Tensor, epsilon: float, again: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of kv, fw, logits and weight, and the forward's output in the type `again`."""
+    dkv, dfw, dlogits = torch.empty_like(kv), torch.empty_like(fw), torch.empty_like(logits)
+    y = torch.empty_like(kv, dtype=again)
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    width, replicas = kv.shape[-1], _replicas(weight, 1)
+    per_replica = kv.numel() // width // replicas
+    block = triton.next_power_of_2(width)
+    rows = max(1, ELEMENTS // block)
+    programs = min(triton.cdiv(per_replica, rows), max(1, PROGRAMS // replicas))
+    partial = torch.empty(replicas, programs, width, dtype=torch.float32, device=kv.device)
+    kernels.mix_norm_gradient_kernel[(programs, replicas)](
+        kv, fw, logits, weight, dy, dkv, dfw, dlogits, partial, y, per_replica, weight.stride(0),
+        EPSILON=epsilon, D=width, ROWS=rows, BLOCK=block,
+    )  # fmt: skip
+    sum_parts(partial, dweight)
+    return dkv, dfw, dlogits, dweight, y
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """SiLU(gate) up."""
     run = eager_swiglu if nobody_looks_on(gate) else swiglu_forward
