@@ -454,7 +454,7 @@ class HybridLayer(MixerLayer):
 
 
 def mixes_late(q: Tensor) -> bool:
-    """Whether the output norm mixes the memories, which saves a pass; the blend has those of short ones in registers."""
+    """Whether the output norm mixes the memories, which saves a pass; the blend has short ones in registers."""
     return q.is_cuda and q.shape[1] > SHORT
 
 
