@@ -65,7 +65,7 @@ GPU_PARTS := fast_weight window blend surroundings trainer
 TESTS_OF_fast_weight := tests/kernels/test_triton_fast_weight.py
 TESTS_OF_window := tests/kernels/test_triton_window_attention.py tests/kernels/test_libraries.py
 TESTS_OF_blend := $(wildcard tests/kernels/test_triton_blend*.py) tests/kernels/test_packed.py
-TESTS_OF_surroundings := $(wildcard $(addprefix tests/kernels/test_,block_parts.py columns.py linear_cross_entropy.py projections.py))
+TESTS_OF_surroundings := $(wildcard $(addprefix tests/kernels/test_,adamw.py block_parts.py columns.py linear_cross_entropy.py projections.py))
 TESTS_OF_trainer := tests/trainer -m gpu
 
 test-gpu: $(VENV)/.installed-test
