@@ -35,8 +35,16 @@ def fla_delta(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> Tensor:
 
 
 def fla_gated(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor) -> Tensor:
-    """fla's chunked gated delta rule, the same."""
+    """fla's chunked gated delta rule, the same.
+
+    Raises:
+        RuntimeError: what its backward would say, before its forward is tuned.
+    """
+    from fla import utils
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    if utils.IS_NVIDIA_HOPPER and utils.TRITON_ABOVE_3_4_0 and not utils.TRITON_ABOVE_3_7_1:
+        raise RuntimeError("its backward refuses Hopper with Triton 3.4.0 to 3.7.0 (its issue 640)")
 
     o: Tensor = chunk_gated_delta_rule(q, k, v, g=log_decay, beta=beta.to(q.dtype), use_qk_l2norm_in_kernel=True)[0]
     return o
