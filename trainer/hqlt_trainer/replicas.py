@@ -13,6 +13,7 @@ rule of every operation; and it has none for our convolution. One batch for all 
 """
 
 import copy
+import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -185,7 +186,7 @@ class Stack:
         self._side_stream: torch.cuda.Stream | None = None
         """Where steps run before the capture, as `torch.cuda.graph` wants it; None on a CPU."""
         if device.type == "cuda":
-            self._side_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            self._side_stream = _side_stream(device)
 
     def take_step(self, step: int, data: Sequence[MicroBatch]) -> None:
         """One step of every replica that has not left, on the mean loss over its scored positions.
@@ -301,6 +302,12 @@ class Stack:
     def leave(self, index: int) -> None:
         """This replica is not trained any further."""
         self._is_in[index] = False
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all trainings of a process: cuBLAS keeps a workspace for every stream, 64 MiB a training on an H200."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
 class _Captured:
