@@ -327,6 +327,9 @@ class Lab:
         """Whether a later attempt at the same seed trains, or the seed has a result."""
         if any(int(number) > key.attempt for number in re.findall(r"  attempt (\d+) of trial", self._log(key))):
             return True
+        return self.has_result(key)
+
+    def has_result(self, key: AttemptKey) -> bool:
         return any(r.seed == key.seed and r.state in FINISHED for r in self.ledger.replicas(self.name, key.number))
 
     def _log(self, key: AttemptKey) -> str:

@@ -205,7 +205,7 @@ def _join_for_a_moment(lab: Lab) -> None:
 
 def test_a_worker_that_is_killed_or_stopped_and_a_node_that_dies_cost_no_trial(make_lab: MakeLab) -> None:
     """One study, because Ray takes seconds to start; the three strike one after the other."""
-    lab = make_lab(text(trials=6, steps=1000, parallel=2, resources={"gpu": 0, "hang_after_s": 8}))
+    lab = make_lab(text(trials=6, steps=800, parallel=2, resources={"gpu": 0, "hang_after_s": 8}))
     driver = lab.run()
     killed = wait_for_training(lab, driver)
     _signal_worker(lab, killed, signal.SIGKILL)
@@ -213,6 +213,8 @@ def test_a_worker_that_is_killed_or_stopped_and_a_node_that_dies_cost_no_trial(m
     stopped = wait_for_training(lab, driver, number=killed.number + 1, steps=100)
     _signal_worker(lab, stopped, signal.SIGSTOP)
     wait_until(lambda: lab.is_over(stopped), PATIENCE_S, "another attempt after SIGSTOP")
+    # A second blow would rightly quarantine them.
+    wait_until(lambda: lab.has_result(killed) and lab.has_result(stopped), PATIENCE_S, "both trials to end")
     wait_for_training(lab, driver, number=stopped.number + 1)
     raylet = lab.raylet_of(driver)
     assert raylet is not None
