@@ -142,9 +142,9 @@ def _fire(plan: Plan, scene: Scene) -> int:
                 raise RuntimeError(f"the study does not go on; its last command said:\n{scene.driver.said[-3000:]}")
             scene.driver, began = scene.lab.resume(), now
             commands += 1
-        if now >= next_blow and not scene.driver.has_ended and now - started < 1.5 * plan.seconds:
-            if _strike(plan, scene, now - started):
-                next_blow = time.monotonic() + scene.random.expovariate(1 / plan.mean_pause_s)
+        in_time = next_blow <= now < started + 1.5 * plan.seconds
+        if in_time and not scene.driver.has_ended and _strike(plan, scene, now - started):
+            next_blow = time.monotonic() + scene.random.expovariate(1 / plan.mean_pause_s)
         time.sleep(LOOK_S)
     _finish(scene)
     return commands
