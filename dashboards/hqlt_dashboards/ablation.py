@@ -17,6 +17,7 @@ from hqlt_dashboards.words import format_value, spoken
 
 BASELINE = "baseline"
 ABSENT = "-"
+NOT_RUN = "not run"
 TITLES = ("cell", "mean [95 % interval]", "interquartile mean", "difference to baseline [95 % interval]", "seeds")
 
 
@@ -53,8 +54,11 @@ class AblationTable:
             remarks.append("The baseline has no value, so there are no differences.")
         elif len(self.rows) > 1:
             remarks.append("Differences are paired: cell minus baseline over the seeds that both have.")
+        waiting = [row.cell for row in self.rows if row.estimate is None and set(row.missing.values()) == {NOT_RUN}]
+        if waiting:
+            remarks.append(f"Not run yet: {', '.join(waiting)}.")
         for row in self.rows:
-            if row.missing:
+            if row.missing and row.cell not in waiting:
                 seeds = ", ".join(f"{seed} ({why})" for seed, why in row.missing.items())
                 remarks.append(f"{row.cell}: no value for seed{'s' if len(row.missing) > 1 else ''} {seeds}.")
         counts = {found.n for row in self.rows for found in (row.estimate, row.difference) if found is not None}
@@ -201,7 +205,7 @@ def _missing(replicas: Sequence[ReplicaResult], seeds: Sequence[int], present: s
 
 def _why(replica: ReplicaResult | None) -> str:
     if replica is None:
-        return "not run"
+        return NOT_RUN
     if replica.status == "complete":
         return "not measured"
     return spoken(replica.reason) if replica.reason else replica.status

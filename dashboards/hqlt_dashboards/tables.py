@@ -71,12 +71,16 @@ def ablation_text(table: AblationTable, width: int = 80) -> str:
     return _with_remarks(_lay_out(columns, _Column("cell", labels), 0, width), remarks, width)
 
 
-def published_text(table: PublishedTable, width: int = 80) -> str:
-    """A study's models beside the paper's numbers, as plain text of at most `width` columns."""
-    labels, *others = zip(*(line.texts() for line in table.lines), strict=True)
-    columns = [_Column(title, texts, right=True) for title, texts in zip(TITLES[1:], others, strict=True)]
-    lines = _lay_out(columns, _Column(TITLES[0], labels), 0, width)
-    return _with_remarks([f"{table.study}: beside the published numbers", "", *lines], table.remarks, width)
+def published_text(tables: Sequence[PublishedTable], width: int = 80) -> str:
+    """A study's models beside the paper's numbers, task by task, as plain text of at most `width` columns."""
+    lines: list[str] = []
+    for table in tables:
+        labels, *others = zip(*(line.texts() for line in table.lines), strict=True)
+        columns = [_Column(title, texts, right=True) for title, texts in zip(TITLES[1:], others, strict=True)]
+        heading = textwrap.wrap(f"{table.study}: beside the published numbers", width)
+        lines += [*([""] if lines else []), *heading, "", *_lay_out(columns, _Column(TITLES[0], labels), 0, width)]
+    remarks = list(dict.fromkeys(remark for table in tables for remark in table.remarks))
+    return _with_remarks(lines, remarks, width)
 
 
 def _with_remarks(lines: list[str], remarks: Sequence[str], width: int) -> str:

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hqlt_dashboards.front import front, front_hypervolume
-from hqlt_dashboards.tables import front_text
+from hqlt_dashboards.published import PublishedTable, published_tables
+from hqlt_dashboards.tables import front_text, published_text
 from hqlt_search_space.errors import HqltError, NoResultError, UnknownNameError
 from hqlt_search_space.study import Study
 from hqlt_search_space.trial import StudyResults
@@ -82,7 +83,9 @@ def status_text(ledger: Ledger, name: str, *, as_json: bool) -> str:
     lines += _running(ledger, name)
     study = Study.from_json(row.study)
     if study.ablation is not None and any(record.replicas for record in results.trials):
-        lines += ["", ablation_texts(results, metric_of(study)).rstrip()]
+        published = published_tables(results)
+        text = published_text(published) if published else ablation_texts(results, metric_of(study))
+        lines += ["", text.rstrip()]
     elif members:
         lines += ["", front_text(results).rstrip()]
     lines += _failures(ledger, results)
@@ -164,7 +167,6 @@ def ablation(name: str, out: Path | None, metric: str | None, store: Store) -> N
         HqltError: the study is a search, has no results, or the suffix is another.
     """
     from hqlt_dashboards.ablation import AblationTable, ablation_table, by_task
-    from hqlt_dashboards.published import PublishedTable, published_tables
 
     ledger = store.open_existing()
     study = Study.from_json(ledger.study(name).study)

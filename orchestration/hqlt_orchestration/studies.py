@@ -217,7 +217,8 @@ def ablation_texts(results: StudyResults, metric: str) -> str:
         (f"{part.name}: {spoken(metric)}\n\n" if len(parts) > 1 else "") + ablation_text(ablation_table(part, metric))
         for part in parts
     ]
-    return "\n".join(texts + [published_text(table) for table in published_tables(results)])
+    published = published_tables(results)
+    return "\n".join([*texts, published_text(published)] if published else texts)
 
 
 def metric_of(study: Study) -> str:

@@ -54,9 +54,10 @@ def test_a_study_with_other_lengths_is_not_compared_with_the_paper(make_table):
 
 
 def test_the_text_fits_and_the_written_forms_have_every_cell(make_table):
-    table = published_tables(make_table({"baseline": [0.5, 1.0, 0.9]}))[0]
-    text = published_text(table)
+    tables = published_tables(make_table({"baseline": [0.5, 1.0, 0.9]}))
+    table, text = tables[0], published_text(tables)
     assert max(map(len, text.splitlines())) <= 80
+    assert text.count("arXiv:2506.00744") == 1
     for written in (text, table.to_markdown(), table.to_latex()):
         assert written.count("100.0") >= 2
         assert "0 of 3" in written
@@ -76,3 +77,4 @@ def test_a_task_that_nothing_has_been_run_on_has_a_table_of_gaps(make_table):
     part = by_task(make_table({}))[1]
     table = ablation_table(part, "normalised_validation_accuracy")
     assert [row.missing for row in table.rows] == [dict.fromkeys((0, 1, 2), "not run")] * 3
+    assert "Not run yet: baseline, deltanet, delayed_chunk." in table.remarks
