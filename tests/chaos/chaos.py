@@ -33,6 +33,7 @@ PROBE_STEPS = 300
 UNBROKEN_SHARE = 0.25  # of the time under fire; the rest goes to what is done twice, and to starting again
 MAX_RESTARTS_IN_A_ROW = 5  # commands that end within QUICK_S and hold nothing meanwhile
 QUICK_S = 20.0
+FINISH_S = 600.0  # for what follows the last fault
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def under_fire(plan: Plan, folder: Path, expected: dict[tuple[int, int], Any]) -
         scene = Scene(lab, random.Random(plan.seed), lab.run())
         commands = _fire(plan, scene)
         seconds = time.monotonic() - started
-        problems = _ship_the_rest(scene) + [f"{row}" for row in lab.orphans()]
+        problems = _tidy(scene) + [f"{row}" for row in lab.orphans()]
         problems += [f"{blow.what}: not recovered" for blow in scene.blows if blow.recovered_s is None]
         problems += invariants(lab.store, NAME) + mirror_violations(lab.store, NAME)
         n_done = lab.ledger.counts(NAME)["complete"]
@@ -203,18 +204,22 @@ def _finish(scene: Scene) -> None:
             blow.lift()
             blow.lift = None
     if scene.guest is not None:
-        scene.guest.wait(120)
+        scene.guest.wait(FINISH_S)
     _note_recoveries(scene)
 
 
-def _ship_the_rest(scene: Scene) -> list[str]:
-    """What a server that was down has missed is shipped by the next command."""
-    server = scene.lab.mlflow
+def _tidy(scene: Scene) -> list[str]:
+    """What a person does in the end: MLflow is told what it missed, and the doctor clears away what kills have left."""
+    server, problems = scene.lab.mlflow, []
     if server is not None:
-        wait_until(lambda: server.answers, 180, "the MLflow server")
-    code = scene.lab.resume().wait(300)
+        wait_until(lambda: server.answers, FINISH_S, "the MLflow server")
+    for arguments in (("study", "resume", NAME), ("doctor", "--study", NAME)):
+        command = scene.lab.hqlt(*arguments)
+        code = command.wait(FINISH_S)
+        if code:
+            problems.append(f"hqlt {' '.join(arguments)} ended with {code}: {command.said[-2000:]}")
     _note_recoveries(scene)
-    return [] if code == 0 else [f"resuming the complete study ended with {code}"]
+    return problems
 
 
 def table(outcome: Outcome) -> str:
