@@ -1,16 +1,28 @@
 """Checkpoints are whole or not there, and a damaged one is never used."""
 
+import hashlib
+import io
 import itertools
+import json
 import os
+import pickle
 import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hqlt_search_space.errors import CheckpointError
-from hqlt_trainer.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, weights_sha256, write_whole
+from hqlt_trainer.checkpoint import (
+    _sealed,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    weights_sha256,
+    write_whole,
+)
 
 CONFIG = "0123456789abcdef"
 
@@ -127,3 +139,107 @@ def test_write_whole_replaces_a_file(tmp_path: Path) -> None:
     write_whole(path, "second")
     assert path.read_text() == "second"
     assert list(tmp_path.iterdir()) == [path]
+
+
+class _Harm:
+    """Makes a file as soon as it is unpickled."""
+
+    def __init__(self, canary: Path) -> None:
+        self._canary = canary
+
+    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
+        return Path.touch, (self._canary,)
+
+
+def _numpy_objects(canary: Path) -> bytes:
+    content = io.BytesIO()
+    np.save(content, np.array([_Harm(canary)], object), allow_pickle=True)
+    return content.getvalue()
+
+
+def _torch_file(canary: Path) -> bytes:
+    content = io.BytesIO()
+    torch.save({"weight": _Harm(canary)}, content)
+    return content.getvalue()
+
+
+def _header(entries: object, length: int | None = None) -> bytes:
+    text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text
+
+
+BEYOND = {"weight": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}
+FORGED: dict[str, tuple[str, Callable[[Path], bytes]]] = {
+    "torch file as weights": ("model.safetensors", _torch_file),
+    "pickle as weights": ("model.safetensors", lambda canary: pickle.dumps(_Harm(canary))),
+    "pickle as optimiser": ("optimiser.safetensors", lambda canary: pickle.dumps(_Harm(canary))),
+    "objects of numpy as weights": ("model.safetensors", _numpy_objects),
+    "pickle as state": ("state.json", lambda canary: pickle.dumps(_Harm(canary))),
+    "a list as state": ("state.json", lambda _: b"[1]"),
+    "deep state": ("state.json", lambda _: b"[" * 100_000),
+    "header of an exabyte": ("model.safetensors", lambda _: _header({}, 1 << 60)),
+    "tensor beyond the file": ("model.safetensors", lambda _: _header(BEYOND)),
+    "deep header": ("model.safetensors", lambda _: _header(b"[" * 100_000)),
+}
+
+
+@pytest.mark.parametrize("case", FORGED)
+def test_a_forged_checkpoint_with_a_true_manifest_runs_no_code_and_is_damaged(case: str, tmp_path: Path) -> None:
+    name, content = FORGED[case]
+    canary = tmp_path / "canary"
+    path = _save(tmp_path / "checkpoints", 1)
+    _forge(path, name, content(canary))
+    (path / ".metadata").write_bytes(pickle.dumps(_Harm(canary)))  # what torch's distributed checkpoints unpickle
+    with pytest.raises(CheckpointError, match="incomplete or unreadable"):
+        load_checkpoint(path, CONFIG)
+    assert latest_checkpoint(tmp_path / "checkpoints", CONFIG)[0] is None
+    assert not canary.exists()
+
+
+def _forge(path: Path, name: str, content: bytes, **changes: object) -> None:
+    """Write `content` into a checkpoint whose manifest agrees."""
+    (path / name).write_bytes(content)
+    manifest = json.loads((path / "manifest.json").read_bytes())
+    del manifest["sha256"]
+    manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (path / "manifest.json").write_bytes(_sealed(manifest | changes))
+
+
+def _as_pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+def _as_link(file: Path, to: str) -> None:
+    file.unlink()
+    file.symlink_to(to)
+
+
+@pytest.mark.parametrize(
+    "replace",
+    [_as_pipe, lambda file: _as_link(file, "/dev/zero"), lambda file: _as_link(file, file.name)],
+    ids=["pipe", "endless device", "link to itself"],
+)
+@pytest.mark.parametrize("name", ["model.safetensors", "manifest.json"])
+def test_what_is_no_regular_file_is_not_opened(tmp_path: Path, name: str, replace: Callable[[Path], None]) -> None:
+    path = _save(tmp_path, 1)
+    replace(path / name)
+    with pytest.raises(CheckpointError, match="no regular file"):
+        load_checkpoint(path, CONFIG)
+
+
+def test_a_manifest_cannot_name_files_elsewhere(tmp_path: Path) -> None:
+    path = _save(tmp_path, 1)
+    os.mkfifo(tmp_path / "outside")  # who opens it waits for ever
+    expected = {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}
+    _forge(path, "state.json", b"{}", files={**_files_of(path), "../outside": expected})
+    with pytest.raises(CheckpointError, match="does not match the manifest"):
+        load_checkpoint(path, CONFIG)
+    _forge(path, "state.json", b"{}", files={"../outside": expected})
+    with pytest.raises(CheckpointError, match="incomplete or unreadable"):
+        load_checkpoint(path, CONFIG)
+
+
+def _files_of(path: Path) -> dict[str, object]:
+    files: dict[str, object] = json.loads((path / "manifest.json").read_bytes())["files"]
+    return files

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ from torch import Tensor
 KEPT = 2
 FORMAT = 1
 MANIFEST = "manifest.json"
+FILES = ("model.safetensors", "optimiser.safetensors", "state.json")
+MAX_MANIFEST_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -130,29 +133,43 @@ def load_checkpoint(path: Path, config_id: str) -> Checkpoint:
         CheckpointError: it is damaged or incomplete, or belongs to another config.
     """
     try:
-        sealed = (path / MANIFEST).read_bytes()
+        sealed = _read(path / MANIFEST)
         manifest = json.loads(sealed)
         del manifest["sha256"]
         if sealed != _sealed(manifest) or manifest["format"] != FORMAT:
             raise _DamagedError(f"{path / MANIFEST} does not match its own SHA-256")
         contents = {}
-        for name, expected in manifest["files"].items():
-            content = contents[name] = (path / name).read_bytes()
+        for name in FILES:
+            expected = manifest["files"][name]
+            content = contents[name] = _read(path / name, expected["bytes"])
             if len(content) != expected["bytes"] or hashlib.sha256(content).hexdigest() != expected["sha256"]:
                 raise _DamagedError(f"{path / name} does not match the manifest's SHA-256")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _DamagedError(f"{path} is incomplete or unreadable: {error}") from error
-    if manifest["config_id"] != config_id:
-        raise CheckpointError(
-            f"{path} belongs to config {manifest['config_id']}, not {config_id}; give each trial a folder of its own"
+        found = Checkpoint(
+            path=path,
+            step=int(manifest["step"]),
+            model=safetensors.torch.load(contents["model.safetensors"]),
+            optimiser=safetensors.torch.load(contents["optimiser.safetensors"]),
+            state=dict(json.loads(contents["state.json"])),
         )
-    return Checkpoint(
-        path=path,
-        step=manifest["step"],
-        model=safetensors.torch.load(contents["model.safetensors"]),
-        optimiser=safetensors.torch.load(contents["optimiser.safetensors"]),
-        state=json.loads(contents["state.json"]),
-    )
+        belongs_to = str(manifest["config_id"])
+    # A manifest that is true to its files can still be somebody's who means harm.
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError) as error:
+        raise _DamagedError(f"{path} is incomplete or unreadable: {error}") from error
+    if belongs_to != config_id:
+        raise CheckpointError(
+            f"{path} belongs to config {belongs_to[:100]}, not {config_id}; give each trial a folder of its own"
+        )
+    return found
+
+
+def _read(path: Path, n_bytes: int = MAX_MANIFEST_BYTES) -> bytes:
+    """What is in the file `path`, at most `n_bytes`. A link, a pipe or a device is not read: some never end."""
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        raise _DamagedError(f"{path} is no regular file")
+    if status.st_size > n_bytes:
+        raise _DamagedError(f"{path} has {status.st_size} bytes, expected {n_bytes} at most")
+    return path.read_bytes()
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -14,12 +14,14 @@ import hashlib
 import json
 import lzma
 import os
+import re
+import stat
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +40,10 @@ MIN_DOCUMENTS = 20
 PASSAGE_FRACTION = 1 / 40
 NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 SUFFIXES = (".txt", ".jsonl", ".parquet")
+MAX_UNPACKED_RATIO = 1000  # text compresses to a third or a tenth
+MIN_UNPACKED_BYTES = 16 * 1024**2  # what the smallest file may unpack to
+ROW_BYTES = 64  # what a row counts for even if it is empty: it costs time
+_LINE = re.compile(rb"\S[^\n]*")  # from its first character; empty lines cost nothing
 
 
 @dataclass(frozen=True)
@@ -184,18 +190,32 @@ def _file_documents(file: Path, name: str, column: str) -> Iterator[tuple[str, b
             _decode(text, str(file))
             yield name, text
         case ".jsonl":
-            for number, line in enumerate(_bytes(file).splitlines(), start=1):
-                if line.strip():
-                    yield f"{name}:{number}", _json_text(line, f"{file}, line {number}", column)
+            content = _bytes(file)
+            number, counted = 1, 0
+            for found in _LINE.finditer(content):
+                number += content.count(b"\n", counted, found.start())
+                counted = found.start()
+                yield f"{name}:{number}", _json_text(found[0], f"{file}, line {number}", column)
         case ".parquet":
             yield from _parquet_documents(file, name, column)
 
 
 def _bytes(file: Path) -> bytes:
+    _check_is_regular(file)
     try:
         return file.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read {str(file)!r}: {error.strerror}") from error
+
+
+def _check_is_regular(file: Path) -> None:
+    """Opening a pipe would wait for somebody to write into it, and some devices have no end."""
+    try:
+        mode = file.stat().st_mode
+    except (OSError, ValueError):  # the reader says what is wrong
+        return
+    if not stat.S_ISREG(mode):
+        raise DataError(f"cannot read {str(file)!r}: it is no regular file but a pipe, a socket or a device")
 
 
 def _decode(text: bytes, where: str) -> str:
@@ -210,6 +230,8 @@ def _json_text(line: bytes, where: str, column: str) -> bytes:
         row = json.loads(_decode(line, where))
     except json.JSONDecodeError as error:
         raise DataError(f"{where} is not JSON: {error.msg} at column {error.colno}") from error
+    except ValueError as error:  # a number of more than 4300 digits
+        raise DataError(f"{where} is not JSON that can be read: {error}") from error
     except RecursionError as error:
         raise DataError(f"{where} is not a flat JSON object: it is nested too deeply") from error
     if not isinstance(row, dict):
@@ -233,30 +255,52 @@ def _parquet_documents(file: Path, name: str, column: str) -> Iterator[tuple[str
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    _check_is_regular(file)
     try:
         with pq.ParquetFile(file) as parquet:
-            schema = parquet.schema_arrow
-            if column not in schema.names:
-                raise DataError(f"{str(file)!r} has no column {column!r}; it has {_some_of(schema.names)}")
-            field = schema.field(column)
-            # An extension type is decoded by whatever code the process has registered for it; text needs none.
-            extension = isinstance(field.type, pa.BaseExtensionType) or b"ARROW:extension:name" in (
-                field.metadata or {}
-            )
-            if extension or not (pa.types.is_string(field.type) or pa.types.is_large_string(field.type)):
-                kind = f"extension type {field.type}" if extension else str(field.type)
-                raise DataError(f"{str(file)!r}: column {column!r} is not text but {kind}")
-            number = 0
+            _check_column(parquet.schema_arrow, str(file), column)
+            metadata = parquet.metadata
+            most = max(MIN_UNPACKED_BYTES, MAX_UNPACKED_RATIO * file.stat().st_size)
+            groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+            if sum(group.total_byte_size for group in groups) > most:
+                raise DataError(_too_much(file))
+        # As a dictionary, a text that a small file repeats a million times is in memory once.
+        with pq.ParquetFile(file, read_dictionary=[column]) as parquet:
+            number = n_bytes = 0
             for rows in parquet.iter_batches(columns=[column]):
-                for value in rows.column(0):
+                values = rows.column(0)
+                texts = [bytes(value.as_buffer() or b"") for value in values.dictionary]
+                for index in values.indices.to_pylist():
                     number += 1
-                    if value.is_valid:
-                        # Parquet does not check its strings; the bytes are taken as they are and checked here.
-                        text = bytes(value.as_buffer() or b"")
-                        _decode(text, f"{file}, row {number}")
-                        yield f"{name}:{number}", text
-    except (pa.ArrowException, OSError) as error:
+                    n_bytes += ROW_BYTES
+                    if index is not None:
+                        # Parquet checks neither its indices nor its strings; both are taken as they are.
+                        if not 0 <= index < len(texts):
+                            raise DataError(f"cannot read {str(file)!r} as Parquet: row {number} is damaged")
+                        n_bytes += len(texts[index])
+                        _decode(texts[index], f"{file}, row {number}")
+                        yield f"{name}:{number}", texts[index]
+                    if n_bytes > most:
+                        raise DataError(_too_much(file))
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a name that is no UTF-8
         raise DataError(f"cannot read {str(file)!r} as Parquet: {error}") from error
+
+
+def _check_column(schema: Any, where: str, column: str) -> None:
+    import pyarrow as pa
+
+    if column not in schema.names:
+        raise DataError(f"{where!r} has no column {column!r}; it has {_some_of(schema.names)}")
+    field = schema.field(column)
+    # An extension type is decoded by whatever code the process has registered for it; text needs none.
+    extension = isinstance(field.type, pa.BaseExtensionType) or b"ARROW:extension:name" in (field.metadata or {})
+    if extension or not (pa.types.is_string(field.type) or pa.types.is_large_string(field.type)):
+        kind = f"extension type {field.type}" if extension else str(field.type)
+        raise DataError(f"{where!r}: column {column!r} is not text but {kind}")
+
+
+def _too_much(file: Path) -> str:
+    return f"{str(file)!r} unpacks to more than {MAX_UNPACKED_RATIO} times its size: no text does"
 
 
 def _some_of(names: object) -> str:
