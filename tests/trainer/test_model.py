@@ -191,7 +191,8 @@ def test_published_hybrid_layer_equals_a_token_loop_written_from_the_paper() -> 
             mixed = g[t, h] * o_fw + (1 - g[t, h]) * o_kv
             outputs[t, h] = mixed / torch.sqrt(mixed.square().mean() + 1e-5)
     gated = outputs.reshape(length, d) * functional.silu(x[0] @ W_gate.T)
-    torch.testing.assert_close(layer(x @ layer.in_weight.T)[0][0], gated @ layer.o_proj.weight.T, rtol=1e-6, atol=1e-6)
+    found = layer([x @ layer.in_proj.weight.T])[0][0]
+    torch.testing.assert_close(found, gated @ layer.o_proj.weight.T, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("mixing", MIXINGS)

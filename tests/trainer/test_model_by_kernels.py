@@ -47,7 +47,8 @@ def test_a_model_on_the_kernels_is_the_model(
     for module in (parts, products, columns):
         monkeypatch.setattr(module, "has_kernel", lambda *_: True)
     monkeypatch.setattr(projections, "_has_kernel", lambda *_: True)
-    monkeypatch.setattr(mixers, "mixes_late", lambda _: True)
+    monkeypatch.setattr(mixers, "on_gpu", lambda _: True)
+    monkeypatch.setattr(mixers, "SHORT", 0)
     by_kernels = logits_and_gradients(model, at)
     assert plain.keys() == by_kernels.keys()
     for key, expected in plain.items():

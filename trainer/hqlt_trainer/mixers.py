@@ -222,18 +222,18 @@ class MixerLayer(nn.Module):
             self.fixed_log_decay.copy_(torch.log1p(-torch.exp2(-5 - heads)))
 
     def forward(
-        self, rows: Tensor, state: LayerState | None = None, at: Tensor | None = None
+        self, rows: Sequence[Tensor], state: LayerState | None = None, at: Tensor | None = None
     ) -> tuple[Tensor, LayerState | None]:
-        """What `in_weight` makes of [B, T, d] -> [B, T, d] and, if a state was given, the state after it.
+        """What `in_weights` make of [B, T, d] -> [B, T, d] and, if a state was given, the state after it.
 
         `at` (int64 [N]) asks for these positions of the flattened B * T only: [N, d].
         """
         projected, conv = self._split(rows, state)
         # Operators compute in float32 whatever they are given; autocast would narrow the products inside them.
-        with torch.autocast(rows.device.type, enabled=False):
+        with torch.autocast(projected.q.device.type, enabled=False):
             o, after = self.read(projected, state)
         if after is not None:
-            after = LayerState(after.position + rows.shape[1], conv, after.kv, after.fw, after.blend)
+            after = LayerState(after.position + projected.q.shape[1], conv, after.kv, after.fw, after.blend)
         if isinstance(o, Unmixed):
             return self._mixed_output(o, projected.mixing, at), after
         gate = projected.gate
@@ -262,27 +262,46 @@ class MixerLayer(nn.Module):
         raise NotImplementedError
 
     @property
-    def in_weight(self) -> Tensor:
-        """The projections that the layer reads: columns of `in_proj`, and on a GPU some of zeros behind them."""
-        weight = self.in_proj.weight
-        return functional.pad(weight, (0, 0, 0, self._n_unused)) if self._n_unused else weight
+    def _products(self) -> Sequence[range]:
+        """Which of the seven parts come out of one product.
+
+        All at once on a CPU, where a small model's step is made of calls, and before a convolution, which moves them
+        anyway. On a GPU a large part comes out of its own product, and is not copied out of a row with others.
+        """
+        if self.short_conv is not None or not on_gpu(self.in_proj.weight):
+            return (range(7),)
+        return [p for p in (range(1), range(1, 2), range(2, 5), range(5, 6), range(6, 7)) if sum(self._widths(p))]
+
+    def _widths(self, parts: range) -> tuple[int, ...]:
+        return self.widths[parts.start : parts.stop]
 
     @property
-    def _n_unused(self) -> int:
-        # On a GPU rows that begin anywhere slow down whatever reads or writes them.
-        return -sum(self.widths) % ALIGNED if self.in_proj.weight.is_cuda else 0
+    def in_weights(self) -> tuple[Tensor, ...]:
+        """The projections that the layer reads: parts of `in_proj`, on a GPU with some columns of zeros behind them."""
+        weight = self.in_proj.weight
+        sizes = [sum(self._widths(parts)) for parts in self._products]
+        if not on_gpu(weight):
+            return (weight,)
+        # Rows that begin anywhere slow down whatever reads or writes them.
+        unused = (-size % ALIGNED for size in sizes)
+        parts = torch.split(weight, sizes, dim=-2)
+        return tuple(functional.pad(x, (0, 0, 0, n)) if n else x for x, n in zip(parts, unused, strict=True))
 
-    def _split(self, rows: Tensor, state: LayerState | None) -> tuple[Projected, Tensor | None]:
+    def _split(self, rows: Sequence[Tensor], state: LayerState | None) -> tuple[Projected, Tensor | None]:
         conv = None
         if self.short_conv is None:
-            q, k, v, beta, decay, mixing, gate = split_columns(rows, self.widths, None if self.rule is None else 2)
+            parts = [rows[0].new_empty(*rows[0].shape[:-1], 0)] * 7
+            for which, columns in zip(self._products, rows, strict=True):
+                activated = 2 - which.start if self.rule is not None and 2 in which else None
+                parts[which.start : which.stop] = split_columns(columns, self._widths(which), activated)
         else:
             before = None
             if state is not None:
                 pad = self.short_conv.weight.shape[1] - 1
-                before = state.conv if state.conv is not None else rows.new_zeros(len(rows), pad, self.qkv_width)
-            parts, conv = self.short_conv(rows, before, self.widths, self.rule is not None)
-            q, k, v, beta, decay, mixing, gate = parts
+                before = state.conv if state.conv is not None else rows[0].new_zeros(len(rows[0]), pad, self.qkv_width)
+            filtered, conv = self.short_conv(rows[0], before, self.widths, self.rule is not None)
+            parts = list(filtered)
+        q, k, v, beta, decay, mixing, gate = parts
         return Projected(self._heads(q), self._writes(k), self._writes(v), beta, decay, mixing, gate), conv
 
     def _write_arguments(self, rule: rules.Rule, projected: Projected) -> dict[str, Any]:
@@ -453,9 +472,14 @@ class HybridLayer(MixerLayer):
         return kv, fw
 
 
+def on_gpu(x: Tensor) -> bool:
+    """Whether passes over memory cost more than calls do."""
+    return x.is_cuda
+
+
 def mixes_late(q: Tensor) -> bool:
     """Whether the output norm mixes the memories, which saves a pass; the blend has short ones in registers."""
-    return q.is_cuda and q.shape[1] > SHORT
+    return on_gpu(q) and q.shape[1] > SHORT
 
 
 def build_mixer(spec: Mixer, d_model: int, backend: Forced) -> MixerLayer:

@@ -53,7 +53,7 @@ class Block(nn.Module):
 
         Both come in two parts, the stream and what is still to be added to it: the next norm adds as it reads.
         """
-        x, (rows,) = self.mixer_norm.into((self.mixer.in_weight,), x, delta)
+        x, rows = self.mixer_norm.into(self.mixer.in_weights, x, delta)
         mixed, state = self.mixer(rows, state, at)
         if at is not None:
             x = take_rows(x.flatten(0, 1), at)

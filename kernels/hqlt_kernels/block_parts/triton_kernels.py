@@ -65,6 +65,8 @@ def norm_gradient_kernel(
         at = base * D + row * D + column
         s = tl.load(total + at, mask=ok, other=0.0).to(tl.float32)
         d = tl.load(dy + at, mask=ok, other=0.0).to(tl.float32)
+        if HAS_DTOTAL:  # before the sums, so that nothing waits for it
+            add = tl.load(dtotal + at, mask=ok, other=0.0).to(tl.float32)
         r = tl.rsqrt(tl.sum(s * s, 1) / D + EPSILON)[:, None]
         normed = s * r
         again = normed * w
@@ -82,7 +84,7 @@ def norm_gradient_kernel(
         d *= w
         out = r * (d - normed * (tl.sum(d * normed, 1) / D)[:, None])
         if HAS_DTOTAL:
-            out += tl.load(dtotal + at, mask=ok, other=0.0).to(tl.float32)
+            out += add
         tl.store(dx + at, out.to(dx.dtype.element_ty), mask=ok)
         if ADD:
             tl.store(ddelta + at, out.to(ddelta.dtype.element_ty), mask=ok)
