@@ -420,6 +420,12 @@ class Ledger:
             rows = tx.execute(sa.select(TRIALS).where(TRIALS.c.study == study).order_by(TRIALS.c.number))
             return [trial_row(row) for row in rows]
 
+    def config_ids(self, study: str) -> list[str]:
+        """The configs that are taken, in order of their trials' numbers: quickly, also of thousands."""
+        with self.read() as tx:
+            found = sa.select(TRIALS.c.config_id).where(TRIALS.c.study == study).order_by(TRIALS.c.number)
+            return list(tx.scalars(found))
+
     def trial(self, study: str, number: int) -> TrialRow:
         """One trial.
 

@@ -329,7 +329,7 @@ class Driver:
             )
             claimed = self._ledger.claim(self._name, new, self._driver)
             if isinstance(claimed, Refused):  # another driver was faster
-                self._read_ledger()
+                self._taken.update(self._ledger.config_ids(self._name))
                 continue
             number, key = claimed
             proposer.accept(number, proposal.stored())

@@ -1,0 +1,97 @@
+"""Several drivers of one study, each a process: no suggestion is run twice, and the budget is met."""
+
+import multiprocessing
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hqlt_orchestration.executor import AttemptKey
+from hqlt_orchestration.invariants import invariants
+from hqlt_orchestration.ledger import NewTrial, Refused
+from hqlt_orchestration.sampler import Proposer
+from hqlt_orchestration.store import Store
+from hqlt_orchestration.tables import StudyRow
+from hqlt_search_space.study import Study
+from hqlt_search_space.trial import Environment, ReplicaResult, Trial, TrialResult
+
+MakeStudy = Callable[..., Study]
+Drive = Callable[[Study, Store], str]
+Run = Callable[[Study, Store], object]
+ENVIRONMENT = Environment(
+    python="3",
+    torch="2",
+    hqlt="0",
+    source_version=None,
+    platform="",
+    cpu="",
+    instruction_set="",
+    n_threads=1,
+    device="cpu",
+)
+
+
+def run_in_processes(n: int, run: Run, study: Study, store: Store) -> None:
+    fork = multiprocessing.get_context("fork")  # of this process, which has loaded torch already
+    drivers = [fork.Process(target=run, args=(study, store)) for _ in range(n)]
+    for driver in drivers:
+        driver.start()
+    for driver in drivers:
+        driver.join(1200)
+    assert [driver.exitcode for driver in drivers] == [0] * n
+
+
+def assert_issued_once(n_asks: int, store: Store) -> None:
+    ledger = store.open()
+    try:
+        trials = ledger.trials("small")
+        assert [trial.number for trial in trials] == list(range(n_asks))
+        assert len({trial.config.config_id for trial in trials}) == n_asks
+        attempts = Counter((attempt.number, attempt.seed) for attempt in ledger.attempts("small"))
+        assert attempts == {(number, 0): 1 for number in range(n_asks)}
+    finally:
+        ledger.close()
+    assert invariants(store, "small") == []
+
+
+def test_two_drivers_share_a_study(url: str, make_study: MakeStudy, drive: Drive, tmp_path: Path) -> None:
+    store = Store(tmp_path / "data", database=url)
+    run_in_processes(2, drive, make_study(trials=16, sampler="random"), store)
+    assert_issued_once(16, store)
+
+
+def ask_and_tell(study: Study, store: Store) -> None:
+    """A driver without its executor: what it asks for is over at once."""
+    ledger = store.open()
+    proposer, driver = Proposer(study, ledger), ledger.enter("small", "ray")
+    taken: set[str] = set()
+    while True:
+        proposal = proposer.propose(len(taken), taken.__contains__, len(taken))
+        new = NewTrial("search", proposal.config, proposal.choices, proposal.costs, (0,), None, proposal.stored())
+        claimed = ledger.claim("small", new, driver)
+        if claimed == Refused("budget"):
+            break
+        if isinstance(claimed, Refused):
+            taken.update(ledger.config_ids("small"))
+            continue
+        number, key = claimed
+        assert key == AttemptKey(number, 0, 1)
+        taken.add(proposal.config.config_id)
+        proposer.accept(number, proposal.stored())
+        replica = ReplicaResult(seed=0, status="complete", step=0, metrics={"validation_loss_nats": 0.0})
+        trial = Trial(config=proposal.config)
+        ledger.commit("small", key, TrialResult(trial=trial, replicas=(replica,), environment=ENVIRONMENT))
+        costs = [proposal.costs[name] for name in study.objectives]
+        proposer.tell(number, costs)
+    ledger.leave(driver)
+    ledger.close()
+
+
+@pytest.mark.slow
+def test_of_two_thousand_asks_none_is_issued_twice(url: str, make_study: MakeStudy, tmp_path: Path) -> None:
+    study, store = make_study(trials=2000, sampler="random"), Store(tmp_path / "data", database=url)
+    ledger = store.open()
+    ledger.add_study(StudyRow("small", study.model_dump_json(), "", "h", 2000, "open", None, None, 0.0))
+    ledger.close()
+    run_in_processes(4, ask_and_tell, study, store)
+    assert_issued_once(2000, store)
