@@ -10,7 +10,8 @@ from hqlt_kernels.rotary import rotate
 from hqlt_search_space import cost
 from hqlt_search_space.arch import Arch
 from hqlt_search_space.mixers import Attention, FastWeight, Hybrid, Mixer
-from hqlt_trainer.mixers import HybridLayer, RMSNorm
+from hqlt_trainer.layers import RMSNorm
+from hqlt_trainer.mixers import HybridLayer
 from hqlt_trainer.model import Model, build_model
 from torch import Tensor, nn
 from torch.nn import functional

@@ -14,7 +14,8 @@ from hqlt_kernels.projections import take_rows
 from hqlt_search_space.arch import Arch
 from torch import Tensor, nn
 
-from hqlt_trainer.mixers import Embedding, LayerState, Linear, MixerLayer, RMSNorm, ShortConvolution, build_mixer
+from hqlt_trainer.layers import Embedding, Linear, RMSNorm, ShortConvolution
+from hqlt_trainer.mixers import LayerState, MixerLayer, build_mixer
 from hqlt_trainer.precision import activation
 
 

@@ -8,7 +8,7 @@ from hqlt_kernels.adamw import Settings, adamw_
 from hqlt_search_space.recipe import Recipe
 from torch import Tensor, nn
 
-from hqlt_trainer.mixers import ShortConvolution
+from hqlt_trainer.layers import ShortConvolution
 from hqlt_trainer.model import Model
 
 
