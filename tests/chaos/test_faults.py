@@ -1,5 +1,6 @@
 """One real fault each, and what has to be true after it. The rows are those of the table in orchestration/README.md."""
 
+import json
 import os
 import shutil
 import signal
@@ -22,7 +23,7 @@ STEPS = 400  # four seconds of an idle core
 PATIENCE_S = 300.0  # for a machine that does ten other things
 
 
-def text(trials: int = 2, steps: int = STEPS, parallel: int = 1, **keys: object) -> str:
+def text(trials: int = 1, steps: int = STEPS, parallel: int = 1, **keys: object) -> str:
     return study_text("chaos", trials=trials, steps=steps, parallel=parallel, **keys)
 
 
@@ -95,7 +96,7 @@ def test_forty_kills_in_the_writing_of_a_checkpoint_leave_a_whole_one(tmp_path: 
 
 
 def test_a_killed_driver_is_followed_by_one_that_loses_and_doubles_nothing(make_lab: MakeLab) -> None:
-    lab = make_lab(text())
+    lab = make_lab(text(trials=2))
     driver = lab.run("--executor", "ray")
     key = wait_for_training(lab, driver, steps=100)
     driver.kill()
@@ -176,20 +177,20 @@ def test_a_clock_that_is_set_an_hour_back_and_forth_costs_no_trial(make_lab: Mak
     clock = tmp_path / "clock"
     clock.write_text("0")
     shim = str(_compiled(STEPPED_CLOCK, tmp_path))
-    lab = make_lab(text(trials=3, steps=800), environment={"LD_PRELOAD": shim, "CLOCK": str(clock)})
+    lab = make_lab(text(steps=100_000), environment={"LD_PRELOAD": shim, "CLOCK": str(clock)})
     driver = lab.run("--executor", "inline")
-    wait_for_training(lab, driver)
+    key = wait_for_training(lab, driver)
     for offset in (3600, -3600):
         clock.write_text(str(offset))
         wait_until(lambda shown=offset: abs(lab.newest_beat() - time.time() - shown) < 600, PATIENCE_S, "the new time")
         _join_for_a_moment(lab)  # a second driver judges the first, by a clock that is an hour off
-    assert driver.wait(PATIENCE_S) == 0, driver.said
-    attempts = lab.ledger.attempts("chaos")
-    assert {attempt.state for attempt in attempts} <= {"complete", "paused"}, attempts
-    for replica in lab.ledger.replicas("chaos"):
-        assert replica.result is not None
-        assert (replica.result.wall_seconds or 0) >= (replica.result.train_seconds or 0) >= 0
-    assert_sound_and_complete(lab)
+    driver.terminate()
+    assert driver.wait(PATIENCE_S) == 1, driver.said
+    assert [(attempt.attempt, attempt.state) for attempt in lab.ledger.attempts("chaos")] == [(1, "paused")]
+    saved = max(lab.seed_folder(key).glob("checkpoints/step-*/state.json"), key=lambda path: path.stat().st_mtime)
+    progress = json.loads(saved.read_text())["progress"]
+    assert progress["wall_seconds"] > progress["train_seconds"] > 0
+    assert invariants(lab.store, "chaos") == []
 
 
 def _join_for_a_moment(lab: Lab) -> None:
@@ -242,7 +243,7 @@ def test_a_driver_on_another_host_that_dies_is_known_by_its_beats_alone(make_lab
     """The host is a namespace with a name of its own, which is what tells hosts apart."""
     if os.getuid() != 0:
         pytest.skip("only root can make a namespace")
-    lab = make_lab(text(trials=1, steps=20_000))
+    lab = make_lab(text(steps=20_000))
     driver = lab.run("--executor", "inline", elsewhere="far-away")
     wait_until(lambda: lab.held(), PATIENCE_S, "its lease")
     (row,) = lab.ledger.drivers("chaos")
