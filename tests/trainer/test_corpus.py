@@ -1,6 +1,11 @@
 """The corpus: what is read, how it is split, and every way in which it cannot be used."""
 
+import contextlib
+import io
 import json
+import os
+import pickle
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -126,6 +131,15 @@ def test_compressors_are_judged_on_the_bytes_that_models_are_judged_on(tmp_path:
     assert 2.0 < scores["xz_bits_per_byte"] < 2.8
 
 
+def _parquet() -> bytes:
+    content = io.BytesIO()
+    pq.write_table(pa.table({"text": pa.array([f"line {i}\n" for i in range(50)]), "n": pa.array(range(50))}), content)
+    return content.getvalue()
+
+
+PARQUET = _parquet()
+
+
 def not_utf8(path: Path) -> Path:
     path.write_bytes(b"fine so far \xff and on")
     return path
@@ -169,6 +183,29 @@ def folder(path: Path) -> Path:
     return path
 
 
+def pipe(path: Path) -> Path:
+    os.mkfifo(path)
+    return path
+
+
+def linked(path: Path, to: str) -> Path:
+    path.symlink_to(to)
+    return path
+
+
+def repeated(path: Path, text: str, times: int) -> Path:
+    """A file of a few kilobytes that holds `text` `times` times."""
+    indices = pa.array(np.zeros(times, np.int32))
+    table = pa.table({"text": pa.DictionaryArray.from_arrays(indices, pa.array([text]))})
+    pq.write_table(table, path, compression="zstd", store_schema=False)
+    return path
+
+
+def written(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
 UNUSABLE = {
     "missing": (lambda d: d / "c.txt", r"cannot read '.*c.txt': No such file or directory"),
     "missing parquet": (lambda d: d / "c.parquet", r"cannot read '.*c.parquet' as Parquet: .*No such file"),
@@ -202,6 +239,33 @@ UNUSABLE = {
         lambda d: unregistered_extension_type(d / "c.parquet"),
         "is not text but extension type",
     ),
+    "pipe": (lambda d: pipe(d / "c.txt"), "it is no regular file but a pipe, a socket or a device"),
+    "parquet pipe": (lambda d: pipe(d / "c.parquet"), "it is no regular file but a pipe, a socket or a device"),
+    "endless device": (lambda d: linked(d / "c.jsonl", "/dev/zero"), "it is no regular file but a pipe, a socket"),
+    "link to itself": (lambda d: linked(d / "c.txt", "c.txt"), "cannot read '.*c.txt': Too many levels of symbolic"),
+    "folder of links to itself": (lambda d: linked(folder(d / "c") / "x", "."), "has no .txt, .jsonl, .parquet file"),
+    "terabyte in 3 kB": (lambda d: repeated(d / "c.parquet", "x" * 10**6, 10**6), "unpacks to more than 1000 times"),
+    "50 MB in 2 kB": (
+        lambda d: repeated(d / "c.parquet", "x" * 5 * 10**7, 1),
+        "unpacks to more than 1000 times",
+    ),
+    "millions of empty rows": (lambda d: repeated(d / "c.parquet", "", 10**7), "unpacks to more than 1000 times"),
+    "millions of empty lines": (
+        lambda d: written(d / "c.jsonl", b"\n" * 2 * 10**7),
+        "is empty: there is no text in it",
+    ),
+    "one line of blanks": (lambda d: written(d / "c.jsonl", b" " * 2 * 10**7), "is empty: there is no text in it"),
+    "endless line": (
+        lambda d: written(d / "c.jsonl", b'{"text": "' + b"x" * 10**8),
+        "line 1 is not JSON: Unterminated",
+    ),
+    "number of a million digits": (
+        lambda d: written(d / "c.jsonl", b'{"text": ' + b"9" * 10**6),
+        "line 1 is not JSON that can be read: Exceeds the limit",
+    ),
+    "a program": (lambda d: written(d / "c.txt", Path("/bin/sh").read_bytes()), "c.txt is not UTF-8"),
+    "a program as rows": (lambda d: written(d / "c.jsonl", Path("/bin/sh").read_bytes()), "line 1 is not "),
+    "a pickle as parquet": (lambda d: written(d / "c.parquet", pickle.dumps(print)), "cannot read '.*' as Parquet"),
     "one line": (
         lambda d: write_jsonl(d / "c.jsonl", [{"text": "one line"}]),
         "too small to split: 8 bytes",
@@ -211,6 +275,27 @@ UNUSABLE = {
 
 @pytest.mark.parametrize(("make", "sentence"), UNUSABLE.values(), ids=UNUSABLE.keys())
 def test_an_unusable_corpus_gets_a_sentence(make: object, sentence: str, tmp_path: Path) -> None:
-    path = make(tmp_path)  # type: ignore[operator]
+    path: Path = make(tmp_path)  # type: ignore[operator]
+    began = time.process_time()
     with pytest.raises(DataError, match=sentence):
+        fingerprint(LanguageModelling(corpus=str(path)))
+    gigabytes = path.stat().st_size / 1e9 if path.exists() and path.is_file() else 0
+    assert time.process_time() - began < 1 + 5 * gigabytes
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    places=st.lists(st.tuples(st.integers(0, 10**9), st.integers(0, 255)), min_size=1, max_size=5),
+    cut=st.none() | st.integers(0, 10**9),
+)
+def test_a_damaged_parquet_file_is_read_or_gets_a_sentence(
+    places: list[tuple[int, int]], cut: int | None, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    corpus._read.cache_clear()
+    content = bytearray(PARQUET)
+    for place, value in places:
+        content[place % len(content)] = value
+    path = tmp_path_factory.mktemp("damaged") / "c.parquet"
+    path.write_bytes(content if cut is None else content[: cut % len(content)])
+    with contextlib.suppress(DataError):
         fingerprint(LanguageModelling(corpus=str(path)))
