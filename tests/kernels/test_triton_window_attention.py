@@ -107,11 +107,12 @@ def test_changing_a_token_leaves_earlier_outputs_bit_identical():
     assert not torch.equal(before[:, 45:65], after[:, 45:65])
 
 
-def test_the_custom_operator_keeps_pytorchs_contract():
+@pytest.mark.parametrize("window", [16, 80])
+def test_the_custom_operator_keeps_pytorchs_contract(window):
     q, k, v = (torch.randn(1, 40, 2, 32, device=DEVICE, requires_grad=True) for _ in range(3))
     torch.library.opcheck(
         window_operator.window_forward,
-        (q, k, v, 16, 1e4, False, 0, 1.0),
+        (q, k, v, window, 1e4, False, 0, 1.0, True),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 

@@ -10,14 +10,16 @@ from typing import Any
 
 import torch
 import triton
+from hqlt_kernels.blend import triton_short_kernels as short
 from hqlt_kernels.fast_weight import triton_kernels as fast_weight
 from hqlt_kernels.fast_weight.triton_operator import launches
 from hqlt_kernels.window_attention import triton_kernels as window
+from hqlt_kernels.window_attention import triton_near_kernels as near
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 FLOAT32 = ("gates", "norms", "initial", "final", "dfinal", "dinitial", "log_decay", "dlog_decay", "lse", "delta")
-INTEGERS = ("T", "NT", "n_queries", "n_keys", "window", "phase")
+INTEGERS = ("T", "NT", "n_queries", "n_keys", "n_tokens", "window", "phase")
 
 
 def report(
@@ -72,11 +74,20 @@ def main() -> None:
     out: dict[str, Any] = {"triton": triton.__version__}
     for name, (kernel, constants, how) in jobs.items():
         out[name] = report(kernel, constants, how.warps, how.stages)
-    sizes = {"H": 8, "D": 128, "V": 128, "BT": 64, "BN": 64, "N_BLOCKS": 2}
-    sizes |= {"ALIGNED": False, "ROPE": True, "PREC": "tf32"}
-    out["forward window 64"] = report(window.forward_kernel, sizes, 4, 1, 168)
+    tiles = {"H": 8, "D": 128, "V": 128, "BT": 64, "ROPE": True, "PREC": "tf32"}
+    full = tiles | {"MASKED": False}
+    out["near forward"] = report(near.forward_kernel, full | {"ALIGNED": False, "SAVE": True}, 4, 1)
+    out["near query_gradient"] = report(near.query_gradient_kernel, full, 4, 1)
+    out["near key_value_gradient"] = report(near.key_value_gradient_kernel, full, 4, 1, 168)
+    blocks = tiles | {"BN": 64, "N_BLOCKS": 3, "ALIGNED": False}
+    out["forward window 128"] = report(window.forward_kernel, blocks, 4, 1, 168)
     for kernel in (window.query_gradient_kernel, window.key_value_gradient_kernel):
-        out[kernel.__name__.removesuffix("_kernel") + " window 64"] = report(kernel, sizes, 4, 2)
+        out[kernel.__name__.removesuffix("_kernel") + " window 128"] = report(kernel, blocks, 4, 2)
+    heads = {"H": 4, "K": 32, "V": 32, "BT": 64, "READ": 0, "SHIFT": 0, "ALIGNED": False, "MIX": True, "PREC": "tf32"}
+    heads |= mapped | {"DELTA": True, "DECAY": False, "log_decay": None}
+    out["short forward"] = report(short.short_forward_kernel, heads | {"kv": None, "fw": None}, 4, 1, 168)
+    gone = {"dkv": None, "dfw": None, "dlog_decay": None}
+    out["short backward"] = report(short.short_backward_kernel, heads | gone, 4, 1)
     json.dump(out, sys.stdout)
 
 

@@ -94,19 +94,19 @@ def run_forward(
     save: bool,
 ) -> list[Tensor]:
     """kv, fw, mixed (those that are not asked for may be empty); then, unless the sequence is short, what the backward
-    needs: lse, and what `fast_weight_forward` returns after its first output."""
+    needs: what `window_forward` and what `fast_weight_forward` return after their first output."""
     if is_short(q, v, rope_base):
         return _short_forward(q, k, v, beta, log_decay, gate, window, aligned, feature, scale, read, shift)
     with _beside(q.device) as join:
         fw, *saved = fast_weight.run_forward(q, k, v, beta, log_decay, None, feature, scale, read, shift, save)
-    kv, lse = window_attention.run_forward(q, k, v, window, rope_base, aligned, 0, scale)
+    kv, weights = window_attention.run_forward(q, k, v, window, rope_base, aligned, 0, scale, save)
     join()
     mixed = q.new_empty(0)
     if gate is not None:
         mixed = torch.empty_like(kv)
         n = kv.numel()
         kernels.mix_kernel[(triton.cdiv(n, BLOCK),)](kv, fw, gate, mixed, n, BLOCK=BLOCK)
-    return [kv, fw, mixed, lse, *saved]
+    return [kv, fw, mixed, weights, *saved]
 
 
 blend_forward = torch.library.custom_op("hqlt::blend_forward", run_forward, mutates_args=())
@@ -132,31 +132,26 @@ def run_backward(
     shift: int,
 ) -> list[Tensor]:
     """Gradients of q, k, v, beta, log_decay and gate (empty where there is none). `saved`: the outputs of
-    `blend_forward`, or nothing if the sequence is short."""
+    `blend_forward` but mixed, or nothing if the sequence is short."""
     if not saved:
         return _short_backward(
             q, k, v, beta, log_decay, gate, dkv, dfw, dmixed, window, aligned, feature, scale, read, shift
         )
-    kv, fw, _mixed, lse, _final, q_features, k_features, transfer, gates, norms, states, writes = saved
+    kv, fw, weights, _final, q_features, k_features, transfer, gates, norms, states, writes = saved
     dgate = q.new_empty(0)
-    if gate is not None and dmixed is not None:
-        dgate = torch.empty_like(gate)
-        has_kv, has_fw = dkv is not None, dfw is not None
-        dkv = torch.empty_like(kv) if dkv is None else dkv.clone()
-        dfw = torch.empty_like(fw) if dfw is None else dfw.clone()
-        n = kv.numel()
+    if gate is not None:
+        dkv, dfw, dgate = (torch.empty_like(fw) for _ in range(3))
+        n = fw.numel()
         kernels.mix_gradient_kernel[(triton.cdiv(n, BLOCK),)](
-            kv, fw, gate, dmixed, dkv, dfw, dgate, n, BLOCK=BLOCK, ADD_KV=has_kv, ADD_FW=has_fw
+            kv, fw, gate, torch.zeros_like(fw) if dmixed is None else dmixed, dkv, dfw, dgate, n, BLOCK=BLOCK
         )
-    elif gate is not None:
-        dgate = torch.zeros_like(gate)
-    dkv = torch.zeros_like(kv) if dkv is None else dkv.contiguous()
-    dfw = torch.zeros_like(fw) if dfw is None else dfw.contiguous()
+    dkv = torch.zeros_like(fw) if dkv is None else dkv
+    dfw = torch.zeros_like(fw) if dfw is None else dfw
     with _beside(q.device) as join:
         dv, dstates, _ = fast_weight.run_reverse_scan(
             q, v, beta, log_decay, q_features, k_features, transfer, gates, dfw, None, read, shift
         )
-    gradients = window_attention.run_backward(q, k, v, kv, lse, dkv, window, rope_base, aligned, 0, scale)
+    gradients = window_attention.run_backward(q, k, v, kv, weights, dkv, window, rope_base, aligned, 0, scale)
     join()
     _, _, dbeta, dlog_decay = fast_weight.run_gradients(
         q, k, v, beta, log_decay, q_features, k_features, gates, norms, states, writes, fw,
@@ -281,9 +276,9 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 def _(q, k, v, beta, log_decay, gate, window, rope_base, aligned, feature, scale, read, shift, save):  # type: ignore[no-untyped-def]  # torch calls it
     if is_short(q, v, rope_base):
         return _answers(v, gate)
-    kv, lse = window_attention.window_forward(q, k, v, window, rope_base, aligned, 0, scale)
+    kv, weights = window_attention.window_forward(q, k, v, window, rope_base, aligned, 0, scale, save)
     fw, *saved = fast_weight.fast_weight_forward(q, k, v, beta, log_decay, None, feature, scale, read, shift, save)
-    return [kv, fw, q.new_empty(0) if gate is None else torch.empty_like(kv), lse, *saved]
+    return [kv, fw, q.new_empty(0) if gate is None else torch.empty_like(kv), weights, *saved]
 
 
 @blend_backward.register_fake
@@ -292,7 +287,8 @@ def _(q, k, v, beta, log_decay, gate, *_rest):  # type: ignore[no-untyped-def]  
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:6], *(output if len(output) > 3 else ()))
+    kv, fw, _mixed, *saved = output
+    ctx.save_for_backward(*inputs[:6], *([kv, fw, *saved] if saved else ()))
     ctx.options = inputs[6:-1]
     ctx.set_materialize_grads(False)
 

@@ -1,4 +1,8 @@
-"""Window attention on Triton kernels, as custom operators with autograd and vmap. See triton_kernels.py."""
+"""Window attention on Triton kernels, as custom operators with autograd and vmap.
+
+A window that fits a tile takes triton_near_kernels.py; a longer one, and queries behind a cache of keys, take
+triton_kernels.py.
+"""
 
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -11,6 +15,7 @@ from torch import Tensor
 from hqlt_kernels.triton_eager import eager_operator, nobody_looks_on
 from hqlt_kernels.triton_replicas import fold_replicas
 from hqlt_kernels.window_attention import triton_kernels as kernels
+from hqlt_kernels.window_attention import triton_near_kernels as near_kernels
 
 HEAD_DIMS = (32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -50,6 +55,7 @@ def window_attention(
         chunk_aligned,
         position % window if chunk_aligned and window is not None else 0,
         scale,
+        torch.is_grad_enabled(),
     )[0]
     return o.to(out_dtype)
 
@@ -61,11 +67,38 @@ def span(window: int | None, n_keys: int, chunk_aligned: bool) -> int:
     return window if chunk_aligned else min(window, n_keys)
 
 
+def tile_rows(dtype: torch.dtype) -> int:
+    """Queries in a tile. float32 takes short ones: it multiplies in three tf32 parts."""
+    return 32 if dtype == torch.float32 else 64
+
+
+def is_near(q: Tensor, k: Tensor, window: int) -> bool:
+    """Whether no query sees further back than the tile before its own."""
+    return q.shape[1] == k.shape[1] and window <= tile_rows(q.dtype)
+
+
 def run_forward(
-    q: Tensor, k: Tensor, v: Tensor, window: int, rope_base: float, aligned: bool, phase: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    rope_base: float,
+    aligned: bool,
+    phase: int,
+    scale: float,
+    save: bool,
 ) -> tuple[Tensor, Tensor]:
-    """o and lse (log2 of the sum of exponentials). rope_base 0 is no rotary embedding."""
-    o, lse = _forward_outputs(q, v)
+    """o, and what the backward needs: the weights of a near window, [B * H, tiles, BT, BT] (empty unless `save`), or
+    lse [B * H, T], log2 of the sums of exponentials. rope_base 0 is no rotary embedding."""
+    o, kept = _forward_outputs(q, k, v, window, save)
+    if is_near(q, k, window):
+        constants = _near_constants(q, v, rope_base)
+        near_kernels.forward_kernel[_near_grid(q)](
+            q, k, v, *_near_table(q, rope_base), o, kept, q.shape[1], window, phase, scale,
+            ALIGNED=aligned, SAVE=save, **constants,
+        )  # fmt: skip
+        return o, kept
+    lse = kept
     plan = _Plan(q, k, v, window, rope_base, aligned, phase)
     if plan.turned_before:
         q, k = run_turn(q, rope_base, k.shape[1] - q.shape[1], False), run_turn(k, rope_base, 0, False)
@@ -73,7 +106,7 @@ def run_forward(
         q, k, v, plan.cos, plan.sin, o, lse, q.shape[1], k.shape[1], window, phase, scale, **plan.constants,
         **plan.forward,
     )  # fmt: skip
-    return o, lse
+    return o, kept
 
 
 window_forward = torch.library.custom_op("hqlt::window_forward", run_forward, mutates_args=())
@@ -83,8 +116,8 @@ def run_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    o: Tensor,
-    lse: Tensor,
+    o: Tensor | None,
+    kept: Tensor,
     do: Tensor,
     window: int,
     rope_base: float,
@@ -92,8 +125,19 @@ def run_backward(
     phase: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv."""
+    """dq, dk and dv. A near window takes no o."""
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    if is_near(q, k, window):
+        table, constants = _near_table(q, rope_base), _near_constants(q, v, rope_base)
+        dscores = torch.empty_like(kept)
+        near_kernels.query_gradient_kernel[_near_grid(q)](
+            k, v, *table, do, kept, dq, dscores, q.shape[1], scale, **constants
+        )
+        near_kernels.key_value_gradient_kernel[_near_grid(q, 2)](
+            q, *table, do, kept, dscores, dk, dv, q.shape[1], **constants, **_at_most_168_registers(q)
+        )
+        return dq, dk, dv
+    lse = kept
     plan = _Plan(q, k, v, window, rope_base, aligned, phase)
     offset = k.shape[1] - q.shape[1]
     if plan.turned_before:
@@ -116,30 +160,63 @@ def run_backward(
 window_backward = torch.library.custom_op("hqlt::window_backward", run_backward, mutates_args=())
 
 
+def _near_grid(q: Tensor, programs: int = 1) -> tuple[int]:
+    return (programs * triton.cdiv(q.shape[1], tile_rows(q.dtype)) * q.shape[0] * q.shape[2],)
+
+
+def _near_table(q: Tensor, rope_base: float) -> tuple[Tensor, Tensor]:
+    """cos and sin for the rows of two tiles."""
+    if rope_base == 0:
+        return q, q
+    return _table(rope_base, 2 * tile_rows(q.dtype), q.shape[-1], 0, q.device, _angle_dtype(q))
+
+
+def _near_constants(q: Tensor, v: Tensor, rope_base: float) -> dict[str, Any]:
+    tile = tile_rows(q.dtype)
+    return {
+        "H": q.shape[2],
+        "D": q.shape[-1],
+        "V": v.shape[-1],
+        "BT": tile,
+        "MASKED": q.shape[1] % tile != 0,
+        "ROPE": rope_base > 0,
+        "PREC": "tf32x3" if q.dtype == torch.float32 else "tf32",
+        "num_warps": 4,
+        "num_stages": 1,
+    }
+
+
+def _at_most_168_registers(q: Tensor) -> dict[str, int]:
+    """Three programs of four warps fit on a multiprocessor with 168 registers each (measured: kernels/README.md)."""
+    return {} if q.dtype == torch.float32 else {"maxnreg": 168}
+
+
+def _angle_dtype(q: Tensor) -> torch.dtype:
+    """Half-precision angles: a quarter of bfloat16's rounding, and half the traffic of the cache they stay in."""
+    return torch.float32 if q.dtype == torch.float32 else torch.float16
+
+
 class _Plan:
-    """How the kernels are launched for one call."""
+    """How the kernels of triton_kernels.py are launched for one call."""
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, window: int, rope_base: float, aligned: bool, phase: int
     ) -> None:
         head_dim = q.shape[-1]
-        self.tile = tile = 32 if q.dtype == torch.float32 else 64
+        self.tile = tile = tile_rows(q.dtype)
         own_chunks = aligned and tile % window == 0 and phase % window == 0
         reach = tile if own_chunks else tile + window - 1  # keys that one tile of queries sees
         fixed = reach <= LARGEST_REACH and k.shape[1] == q.shape[1]
         block = tile
         blocks = triton.cdiv(reach, block) if fixed else 0
         self.turned_before = rope_base > 0 and not fixed
-        # Measured (kernels/README.md): three forward programs fit on a multiprocessor with 168 registers each.
         wide = q.dtype == torch.float32
         self.forward = {"num_warps": 4, "num_stages": 1 if fixed or wide else 2}
-        if fixed and not wide:
-            self.forward["maxnreg"] = 168
+        if fixed:
+            self.forward |= _at_most_168_registers(q)
         self.backward = {"num_warps": 4, "num_stages": 1 if wide else 2}
         rope = rope_base > 0 and fixed
-        # Half-precision angles: a quarter of bfloat16's rounding, and half the traffic of the cache they stay in.
-        precision = torch.float32 if q.dtype == torch.float32 else torch.float16
-        table = _table(rope_base, blocks * block, head_dim, 0, q.device, precision) if rope else (q, q)
+        table = _table(rope_base, blocks * block, head_dim, 0, q.device, _angle_dtype(q)) if rope else (q, q)
         self.cos, self.sin = table
         self.constants: dict[str, Any] = {
             "H": q.shape[2],
@@ -181,17 +258,18 @@ def _table(
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def _forward_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _forward_outputs(q: Tensor, k: Tensor, v: Tensor, window: int, save: bool) -> tuple[Tensor, Tensor]:
     batch, n_queries, n_heads, _ = q.shape
-    return (
-        q.new_empty(batch, n_queries, n_heads, v.shape[-1]),
-        q.new_empty(batch * n_heads, n_queries, dtype=torch.float32),
-    )
+    o = q.new_empty(batch, n_queries, n_heads, v.shape[-1])
+    if not is_near(q, k, window):
+        return o, q.new_empty(batch * n_heads, n_queries, dtype=torch.float32)
+    tile = tile_rows(q.dtype)
+    return o, q.new_empty(batch * n_heads if save else 0, triton.cdiv(n_queries, tile), tile, tile)
 
 
 @window_forward.register_fake
-def _(q, k, v, *_rest):  # type: ignore[no-untyped-def]  # torch calls it
-    return _forward_outputs(q, v)
+def _(q, k, v, window, rope_base, aligned, phase, scale, save):  # type: ignore[no-untyped-def]  # torch calls it
+    return _forward_outputs(q, k, v, window, save)
 
 
 @window_backward.register_fake
@@ -200,17 +278,19 @@ def _(q, k, v, *_rest):  # type: ignore[no-untyped-def]  # torch calls it
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:3], *output)
-    ctx.options = inputs[3:]
+    q, k, v, *options = inputs
+    o, kept = output
+    ctx.save_for_backward(q, k, v, None if is_near(q, k, options[0]) else o, kept)
+    ctx.options = options[:-1]
     ctx.set_materialize_grads(False)
 
 
 def _backward(
-    ctx: Any, do: Tensor | None, _dlse: None = None, run: Callable[..., tuple[Tensor, ...]] = window_backward
+    ctx: Any, do: Tensor | None, _dkept: None = None, run: Callable[..., tuple[Tensor, ...]] = window_backward
 ) -> tuple[Tensor | None, ...]:
     if do is None:
-        return (None,) * 8
-    return (*run(*ctx.saved_tensors, do.contiguous(), *ctx.options), *(None,) * 5)
+        return (None,) * 9
+    return (*run(*ctx.saved_tensors, do.contiguous(), *ctx.options), *(None,) * 6)
 
 
 eager_forward = eager_operator(run_forward, _setup_context, partial(_backward, run=run_backward), 1)
