@@ -156,8 +156,8 @@ class _SwiGLULinear(torch.autograd.Function):
 
         gate, up, weight = ctx.saved_tensors
         dy = _input_gradient([dout], [weight]).view(gate.shape)
-        dgate, dup, y = triton_operator.run_swiglu_gradient(gate, up, dy, again=True)
-        return dgate, dup, _weight_gradient(dout, y, weight)
+        dgate, dup = triton_operator.run_swiglu_gradient_(gate, up, dy)
+        return dgate, dup, _weight_gradient(dout, dy, weight)
 
 
 def _rows(x: Tensor, weight: Tensor) -> Tensor:

@@ -157,7 +157,7 @@ def swiglu_kernel(gate, up, y, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def swiglu_gradient_kernel(gate, up, dy, dgate, dup, y, n, BLOCK: tl.constexpr, AGAIN: tl.constexpr):
-    """With AGAIN the forward's y too."""
+    """With AGAIN the forward's y too, which may stand where dy does."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     ok = at < n
     g = tl.load(gate + at, mask=ok, other=0.0).to(tl.float32)

@@ -172,18 +172,23 @@ def run_swiglu(gate: Tensor, up: Tensor) -> list[Tensor]:
     return [y]
 
 
-def run_swiglu_gradient(gate: Tensor, up: Tensor, dy: Tensor, again: bool = False) -> list[Tensor]:
-    """Gradients of gate and up, and the forward's output `again`, or empty."""
-    dgate, dup, y = _fake_swiglu_gradient(gate, up, dy, again)
+def run_swiglu_gradient(gate: Tensor, up: Tensor, dy: Tensor) -> list[Tensor]:
+    """Gradients of gate and up."""
+    return _swiglu_gradient(gate, up, dy, None)
+
+
+def run_swiglu_gradient_(gate: Tensor, up: Tensor, dy: Tensor) -> list[Tensor]:
+    """The same, and the forward's output takes the place of `dy`: where this runs, a step needs most memory."""
+    return _swiglu_gradient(gate, up, dy, dy)
+
+
+def _swiglu_gradient(gate: Tensor, up: Tensor, dy: Tensor, y: Tensor | None) -> list[Tensor]:
+    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
     n = gate.numel()
     kernels.swiglu_gradient_kernel[(triton.cdiv(n, ELEMENTS),)](
-        gate, up, dy, dgate, dup, y, n, BLOCK=ELEMENTS, AGAIN=again
+        gate, up, dy, dgate, dup, y, n, BLOCK=ELEMENTS, AGAIN=y is not None
     )
-    return [dgate, dup, y]
-
-
-def _fake_swiglu_gradient(gate: Tensor, up: Tensor, dy: Tensor, again: bool = False) -> list[Tensor]:
-    return [torch.empty_like(gate), torch.empty_like(up), torch.empty_like(gate) if again else gate.new_empty(0)]
+    return [dgate, dup]
 
 
 def _setup_swiglu(ctx: Any, inputs: tuple[Tensor, Tensor], output: Sequence[Tensor]) -> None:
@@ -191,13 +196,13 @@ def _setup_swiglu(ctx: Any, inputs: tuple[Tensor, Tensor], output: Sequence[Tens
 
 
 def _swiglu_backward(run: Callable[..., list[Tensor]], ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
-    return tuple(run(*ctx.saved_tensors, grads[0].contiguous())[:2])
+    return tuple(run(*ctx.saved_tensors, grads[0].contiguous()))
 
 
 swiglu_forward = torch.library.custom_op("hqlt::swiglu", run_swiglu, mutates_args=())
 swiglu_forward.register_fake(lambda gate, up: [torch.empty_like(gate)])
 swiglu_backward = torch.library.custom_op("hqlt::swiglu_backward", run_swiglu_gradient, mutates_args=())
-swiglu_backward.register_fake(_fake_swiglu_gradient)
+swiglu_backward.register_fake(lambda gate, up, dy: [torch.empty_like(gate), torch.empty_like(up)])
 swiglu_forward.register_autograd(
     lambda ctx, grads: _swiglu_backward(swiglu_backward, ctx, grads), setup_context=_setup_swiglu
 )
