@@ -8,10 +8,10 @@ from typing import Literal
 from hqlt_search_space.tasks import training_length
 from hqlt_search_space.trial import Config
 
-STACKED_VALUES = {"cpu": 2**16, "cuda": 2**20}
+STACKED_VALUES = {"cpu": 2**16, "cuda": 2**23}
 """Most values in an activation of one replica for which a stack pays."""
-STACK_VALUES = {"cpu": 2**19, "cuda": 5 * 2**20}
-"""Most values in an activation of a whole stack: beyond it caches, or memory, lose what launches gain."""
+STACK_VALUES = {"cpu": 2**19, "cuda": 2**25}
+"""Most values in an activation of a whole stack: beyond it caches lose what launches gain, or nobody has measured."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,9 @@ def stacking(config: Config, seeds: Sequence[int], device: Literal["cpu", "cuda"
         one CPU thread, delta rule    5 k values     6.5 alone, 3.5 of four, 2.7 of eight
                                       40 k           13.3, 9.7, 8.2
                                       160 k          35, 33, 34
-        H200, captured, synchronous   330 k          1.49 alone, 0.97 of eight, 0.89 of sixteen
-                                      5.2 million    12.4 alone, 14.0 of three
+        H200, captured, bfloat16,     320 k          0.53 alone, 0.18 of eight, 0.15 of sixteen
+        synchronous                   1.3 million    0.93 of three, 0.81 of six (three layers)
+                                      5.1 million    2.26 alone, 1.99 of three, 1.86 of six
     """
     if len(seeds) == 1:
         return Stacking((tuple(seeds),), "")
