@@ -147,8 +147,15 @@ def pareto(name: str, out: Path | None, store: Store) -> None:
     Raises:
         UnknownNameError: there is no such study.
         NoResultError: it has no complete trial.
+        HqltError: it has trials on several tasks.
     """
+    from hqlt_dashboards.ablation import by_task
+
     results = study_results(store.open_existing(), name)
+    if len(by_task(results)) > 1:
+        raise HqltError(
+            f"study {name!r} has trials on several tasks, which have no front together; see: hqlt ablation {name}"
+        )
     if out is not None:
         from hqlt_dashboards.export import export_front
 

@@ -229,8 +229,10 @@ def metric_of(study: Study) -> str:
 
 
 def _export_front(results: StudyResults, store: Store, spool: "Spool") -> None:
-    """Leave the front beside the study, and with MLflow, which draws none."""
-    if not any(record.state == "complete" for record in results.trials):
+    """Leave the front beside the study, and with MLflow, which draws none. Trials on different tasks have no front."""
+    from hqlt_dashboards.ablation import by_task
+
+    if len(by_task(results)) > 1 or not any(record.state == "complete" for record in results.trials):
         return
     from hqlt_dashboards.export import export_front
 
