@@ -47,13 +47,12 @@ KERNELS = (
 # (torch 2.13), both 12.8 for Hopper; the larger of the two, and a few for other versions.
 ALLOWED_SPILL_STORES = {
     "scan delta": 4,
-    "gradient gated_delta": 140,
     "near key_value_gradient": 30,
     "forward window 128": 12,
     "query_gradient window 128": 20,
     "key_value_gradient window 128": 60,
     "short forward": 40,
-    "short backward": 150,
+    "short backward": 80,
 }
 
 

@@ -149,10 +149,10 @@ def short_backward_kernel(
     xq = tl.load(q + keys, mask=ok[:, None], other=0.0)
     xk = tl.load(k + keys - SHIFT * H * K, mask=ok_k[:, None], other=0.0)
     xv = tl.load(v + values - SHIFT * H * V, mask=ok_k[:, None], other=0.0)
-    yq, norm_q = _features(xq.to(tl.float32), FEATURE, BT)
-    yk, norm_k = _features(xk.to(tl.float32), FEATURE, BT)
-    qb = (yq * scale).to(TYPE)
-    kb = tl.where(ok_k[:, None], yk, 0.0).to(TYPE)
+    y, _ = _features(xq.to(tl.float32), FEATURE, BT)
+    qb = (y * scale).to(TYPE)
+    y, _ = _features(xk.to(tl.float32), FEATURE, BT)
+    kb = tl.where(ok_k[:, None], y, 0.0).to(TYPE)
     gk, gq = _gates(log_decay, head, ok, H, BT, READ, DECAY)
     if DELTA:
         b = tl.load(beta + head + i * H, mask=ok, other=1.0).to(tl.float32)
@@ -170,9 +170,9 @@ def short_backward_kernel(
     else:
         ak = xk
         av = xv
-    weights = _attention(xq, ak, window, scale, BT, ALIGNED, PREC)
+    weights = _attention(xq, ak, window, scale, BT, ALIGNED, PREC).to(TYPE)
     if MIX:
-        answer_kv = tl.dot(weights.to(TYPE), av, input_precision=PREC)
+        answer_kv = tl.dot(weights, av, input_precision=PREC)
         answer_fw = tl.dot(P, U, input_precision=PREC)
         s = tl.sigmoid(tl.load(gate + values, mask=ok[:, None], other=0.0).to(tl.float32))
         dm = tl.load(dmixed + values, mask=ok[:, None], other=0.0).to(tl.float32)
@@ -185,10 +185,11 @@ def short_backward_kernel(
 
     # KV-memory, backward
     dw = tl.dot(da, tl.trans(av), input_precision=PREC)
-    ds = (weights * (dw - tl.sum(weights * dw, 1)[:, None]) * scale).to(TYPE)
+    p = weights.to(tl.float32)
+    ds = (p * (dw - tl.sum(p * dw, 1)[:, None]) * scale).to(TYPE)
     sum_q = tl.dot(ds, ak, input_precision=PREC)
     sum_k = tl.trans(tl.dot(tl.trans(xq), ds, input_precision=PREC))
-    sum_v = tl.trans(tl.dot(tl.trans(da), weights.to(TYPE), input_precision=PREC))
+    sum_v = tl.trans(tl.dot(tl.trans(da), weights, input_precision=PREC))
     if SHIFT > 0:  # FW-memory's gradients belong to other rows: they are added in memory
         tl.store(dk + keys, sum_k.to(TYPE), mask=ok[:, None])
         tl.store(dv + values, sum_v.to(TYPE), mask=ok[:, None])
@@ -212,7 +213,9 @@ def short_backward_kernel(
         dg = _across(dP * tl.dot(kb, tl.trans(qb), input_precision=PREC), READ, BT)
     dP = dP.to(TYPE)
     dy = tl.trans(tl.dot(tl.trans(kb), dP, input_precision=PREC)) * scale
-    sum_q += _features_backward(xq.to(tl.float32), yq, dy, norm_q, tl.sum(yq * dy, 1), FEATURE)
+    x = tl.load(q + keys, mask=ok[:, None], other=0.0).to(tl.float32)  # again: registers are what is short here
+    y, norm = _features(x, FEATURE, BT)
+    sum_q += _features_backward(x, y, dy, norm, tl.sum(y * dy, 1), FEATURE)
     tl.store(dq + keys, sum_q.to(TYPE), mask=ok[:, None])
     dy = tl.dot(dP, qb, input_precision=PREC)
     if DELTA:
@@ -226,7 +229,9 @@ def short_backward_kernel(
         M = M.to(TYPE)
         dy = tl.dot(M, kb, dy, input_precision=PREC)
         dy += tl.trans(tl.dot(tl.trans(kb), M, input_precision=PREC))
-    sum_k += _features_backward(xk.to(tl.float32), yk, dy, norm_k, tl.sum(yk * dy, 1), FEATURE)
+    x = tl.load(k + keys - SHIFT * H * K, mask=ok_k[:, None], other=0.0).to(tl.float32)
+    y, norm = _features(x, FEATURE, BT)
+    sum_k += _features_backward(x, y, dy, norm, tl.sum(y * dy, 1), FEATURE)
     tl.store(dk + keys - SHIFT * H * K, sum_k.to(TYPE), mask=ok_k[:, None])
     if DECAY:
         tl.store(dlog_decay + head + i * H, dg.to(dlog_decay.dtype.element_ty), mask=ok)
