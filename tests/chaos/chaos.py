@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch  # noqa: F401  loaded late, after many other libraries, its own have failed to load
 from faults import FAULTS, Blow, Scene
 from hqlt_orchestration.invariants import invariants, mirror_violations
 from hqlt_orchestration.ledger import Ledger
