@@ -295,6 +295,18 @@ def main() -> None:
     except HqltError as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         sys.exit(error.exit_code)
+    except ValueError as error:
+        from pydantic import ValidationError
+
+        if not isinstance(error, ValidationError):
+            raise
+        # What users write is checked where it is read; this came from a database.
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        said = f"{where + ': ' if where else ''}{error.errors()[0]['msg']}"
+        typer.secho(
+            f"error: the store holds a {error.title} that this hqlt cannot read: {said[:300]}", fg="red", err=True
+        )
+        sys.exit(2)
     except KeyboardInterrupt:
         typer.echo("stopped; `hqlt study resume NAME` continues", err=True)
         sys.exit(1)

@@ -14,6 +14,8 @@ import sqlalchemy as sa
 from hqlt_search_space.errors import StoreError
 from sqlalchemy.exc import DBAPIError, OperationalError
 
+from hqlt_orchestration.store import masked
+
 BUSY_TIMEOUT_S = 30.0
 OUTAGE_S = 120.0  # how long a PostgreSQL that has answered before is waited for when it does not
 _LONGEST_PAUSE_S = 2.0  # between two tries
@@ -36,7 +38,7 @@ def make_engine(url: str) -> sa.Engine:
     except ImportError as error:
         raise StoreError(f"PostgreSQL needs a driver: pip install 'hqlt[postgres]' ({error})") from error
     if backend != "sqlite":
-        raise StoreError(f"--store {url}: write sqlite:///PATH or postgresql+psycopg://USER@HOST/DATABASE")
+        raise StoreError(f"--store {masked(url)}: write sqlite:///PATH or postgresql+psycopg://USER@HOST/DATABASE")
     engine = sa.create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S})
 
     @sa.event.listens_for(engine, "connect")
@@ -54,7 +56,7 @@ def make_engine(url: str) -> sa.Engine:
 
 def configure_sqlite(connection: sqlite3.Connection) -> None:
     """WAL: readers never wait, a commit is one write. FULL: what was committed survives a power cut."""
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+    for pragma in ("trusted_schema=OFF", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}")
 
 
@@ -86,7 +88,7 @@ def patiently(url: str, call: Callable[[], _T]) -> _T:
 def shown(url: str) -> str:
     """`url` as a user should see it: a path for SQLite, and never a password."""
     parsed = sa.make_url(url)
-    return str(parsed.database) if parsed.get_backend_name() == "sqlite" else parsed.render_as_string()
+    return str(parsed.database) if parsed.get_backend_name() == "sqlite" else masked(parsed.render_as_string())
 
 
 @contextlib.contextmanager
@@ -121,6 +123,9 @@ _SENTENCES = {
     "malformed": "{where} is damaged; restore it from a backup or give another --data folder",
     "connection": "cannot reach the database {where}: is it running, and may this user log in?",
     "password": "cannot reach the database {where}: is it running, and may this user log in?",
+    "no such table": "{where} lacks a table of hqlt's; restore it from a backup or give another --data folder",
+    "no such column": "{where} lacks a column of hqlt's; restore it from a backup or give another --data folder",
+    "Could not decode to UTF-8": "{where} has bytes where hqlt writes text; restore it from a backup",
     "does not exist": "cannot use the database {where}: it, or a table of it, does not exist",
 }
 
@@ -130,6 +135,21 @@ def _sentence(url: str, message: str) -> str | None:
         if part in message:
             return sentence.format(where=shown(url))
     return None
+
+
+def refuse_foreign_code(url: str, engine: sa.Engine) -> None:
+    """Triggers and views run whenever a table is written or read, and hqlt has none: a file that has is not ours.
+
+    Raises:
+        StoreError: the SQLite database at `url` has one.
+    """
+    if engine.dialect.name != "sqlite":
+        return
+    with engine.connect() as connection:
+        query = sa.text("SELECT type, name FROM sqlite_master WHERE type IN ('trigger', 'view')")
+        found = connection.execute(query).first()
+    if found is not None:
+        raise StoreError(f"{shown(url)} has a {found.type} {found.name[:100]!r} that hqlt did not make; it is not used")
 
 
 @contextlib.contextmanager

@@ -526,7 +526,7 @@ class RayExecutor:
 
 def replica_folder(trial_folder: Path, seed: int) -> Path:
     """Where `run_trial` keeps the checkpoints of one seed, and we its log."""
-    return trial_folder / f"seed-{seed}"
+    return trial_folder / f"seed-{seed:d}"
 
 
 def _ray_is_running() -> bool:

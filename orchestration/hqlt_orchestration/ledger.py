@@ -25,7 +25,7 @@ import sqlalchemy as sa
 from hqlt_search_space.errors import StoreError, UnknownNameError
 from hqlt_search_space.trial import Config, ReplicaResult, TrialResult
 
-from hqlt_orchestration.database import make_engine, patiently, schema_lock, shown, store_errors
+from hqlt_orchestration.database import make_engine, patiently, refuse_foreign_code, schema_lock, shown, store_errors
 from hqlt_orchestration.executor import AttemptKey
 from hqlt_orchestration.orphans import this_process
 from hqlt_orchestration.tables import (
@@ -94,6 +94,7 @@ class Ledger:
         with store_errors(url):
             self.engine = make_engine(url)
             with schema_lock(url, self.engine):
+                refuse_foreign_code(url, self.engine)
                 if not sa.inspect(self.engine).has_table(SCHEMA.name):
                     _create_schema(url, self.engine)
                 with self.read() as tx:

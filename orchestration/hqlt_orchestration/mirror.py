@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hqlt_search_space.errors import StoreError
+
 from hqlt_orchestration.told import Ended, Record
 
 BATCH_METRICS = 800  # MLflow's own limits for one request: 1000 in all, 100 parameters, 100 tags
@@ -61,8 +63,11 @@ class Mirror:
             self._experiment = found.experiment_id
             if found.lifecycle_stage == "deleted":
                 self._client.restore_experiment(self._experiment)
-        # Of the experiment's artifacts, if it is on this machine.
-        self._folder = Path(where) if where is not None and where.startswith("/") else None
+        # Of the experiment's artifacts, if it is on this machine. What a database says is no reason to write elsewhere.
+        self._folder = Path(where).resolve() if where is not None and where.startswith("/") else None
+        self._keeps = not local or where == str(artifacts.resolve() / study)
+        if not self._keeps:
+            logging.warning("MLflow keeps the artifacts of %s in %s, not with the data: none are added", study, where)
         self._runs: dict[RunKey, str] = {}
         self._states: dict[RunKey, str] = {}  # as MLflow has them
         for run in self._all_runs():
@@ -200,26 +205,23 @@ class Mirror:
     def _keep(self, run: str, paths: Iterable[str]) -> None:
         """Files and folders as artifacts of a run. On this machine they are linked, so they take no room twice."""
         for path in map(Path, paths):
-            if not path.exists():
+            if not path.exists() or not self._keeps:
                 continue
             if self._folder is None:
                 log = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
                 log(run, str(path), *([path.name] if path.is_dir() else []))
                 continue
-            target = self._folder / run / "artifacts" / path.name
-            target.parent.mkdir(parents=True, exist_ok=True)
+            target = _place(self._folder, run, path.name)
             if path.is_dir():
                 shutil.copytree(path, target, dirs_exist_ok=True, copy_function=_link)
             else:
                 shutil.copyfile(path, target)  # a log or a picture that may be written again
 
     def _keep_text(self, run: str, text: str, name: str) -> None:
-        if self._folder is None:
+        if self._folder is not None and self._keeps:
+            _place(self._folder, run, name).write_text(text, encoding="utf-8")
+        elif self._keeps:
             self._client.log_text(run, text, name)
-            return
-        target = self._folder / run / "artifacts" / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text, encoding="utf-8")
 
     def _of(self, run: str) -> _Pending:
         return self._pending.setdefault(run, _Pending())
@@ -288,6 +290,21 @@ def delete_experiment(uri: str, study: str) -> None:
         # A deleted experiment keeps its name, so a new study could not have it.
         client.rename_experiment(experiment.experiment_id, f"{study} (deleted {time.time():.0f})")
         client.delete_experiment(experiment.experiment_id)
+
+
+def _place(folder: Path, run: str, name: str) -> Path:
+    """Where an artifact goes: inside `folder`, whatever ids and links somebody has put there.
+
+    Raises:
+        StoreError: that is not possible.
+    """
+    target = folder / run / "artifacts" / name
+    if target.parent.resolve() != target.parent:  # as it would be without links and dots
+        raise StoreError(f"{target} leads out of {folder}; hqlt follows no links there")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.is_dir():
+        target.unlink(missing_ok=True)  # it may be a link
+    return target
 
 
 def _link(source: str, target: str) -> None:

@@ -1,5 +1,6 @@
 """Where a user's things live: one folder, and the databases in it unless others were named."""
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from hqlt_orchestration.ledger import Ledger
 
 _PASSWORDS = re.compile(r"(?<=://)([^\s/:@]*):[^\s/@]*(?=@)|(?<=[?&])(password|sslpassword)=[^\s&]*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # as the study schema has it
 
 
 def masked(text: str) -> str:
@@ -50,11 +52,28 @@ class Store:
         return self.data / "mlflow-artifacts"
 
     def study_folder(self, study: str) -> Path:
-        """`study` is a name that the study schema or the ledger has let through: it cannot lead out of the folder.
+        """Absolute, because a worker's current folder need not be ours; always inside the data folder.
 
-        Absolute, because a worker's current folder need not be ours.
+        Raises:
+            StoreError: `study` is not a name that a study file can have; somebody else wrote it into the ledger.
         """
+        if not _NAME.fullmatch(study):
+            raise StoreError(f"{study[:200]!r} in the ledger is no name of a study; hqlt did not write that")
         return self.data.resolve() / "studies" / study
+
+    def refuse_links(self, study: str) -> None:
+        """Nothing that hqlt writes or removes for `study` may be elsewhere: there are no links in its folder.
+
+        Raises:
+            StoreError: there is one.
+        """
+        folder = self.study_folder(study)
+        found = [folder, *(Path(at, name) for at, folders, files in os.walk(folder) for name in (*folders, *files))]
+        for path in found:
+            if path.is_symlink():
+                raise StoreError(
+                    f"{path} is a link; hqlt follows none in a study's folder: put what it points to there"
+                )
 
     def trial_folder(self, study: str, number: int) -> Path:
         return self.study_folder(study) / "trials" / f"{number:04d}"

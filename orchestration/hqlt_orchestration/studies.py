@@ -1,5 +1,6 @@
 """What the `hqlt study` commands do: run, resume, show, extend, cancel, delete, free."""
 
+import os
 import shutil
 import sys
 import time
@@ -24,8 +25,9 @@ from hqlt_orchestration.packing import Need, need_of
 from hqlt_orchestration.plan import checked_study, some_configs
 from hqlt_orchestration.progress import ProgressView
 from hqlt_orchestration.results import study_results
+from hqlt_orchestration.room import check_room
 from hqlt_orchestration.store import Store
-from hqlt_orchestration.tables import StudyRow
+from hqlt_orchestration.tables import FINISHED, StudyRow
 
 if TYPE_CHECKING:
     from hqlt_orchestration.executor import Executor
@@ -39,6 +41,7 @@ class UsageError(HqltError):
 
 
 DRAIN_S = 60.0  # how long the end of a study waits for MLflow
+PAUSED_DRAIN_S = 5.0  # and a pause, of which a cluster may give notice only 30 s before
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ def run(file: Path, store: Store, machine: Machine) -> int:
         StudyConflictError: a study of that name is in the store and differs in what makes a study the same.
         HqltError: the file, the data or the store cannot be used.
     """
-    study = with_data_hash(checked_study(file))
+    study = with_data(checked_study(file), file.parent)
     text = file.read_text(encoding="utf-8")
     ledger = store.open()
     new = StudyRow(
@@ -84,24 +87,32 @@ def resume(name: str, store: Store, machine: Machine) -> int:
     return _drive(Study.from_json(ledger.study(name).study), store, ledger, machine)
 
 
-def with_data_hash(study: Study) -> Study:
-    """`study` with the hash of its corpus, if it reads one.
+def with_data(study: Study, folder: Path) -> Study:
+    """`study` with the place and the hash of its corpus, if it reads one. A relative path is taken from `folder`, that
+    of the study's file: it means the same wherever the study is started and resumed from.
 
     Raises:
         DataError: the corpus cannot be used.
     """
-    changes: dict[str, object] = {"task": _hashed(study.task)}
+    changes: dict[str, object] = {"task": _found(study.task, folder)}
     if study.ablation is not None:
-        others = tuple(other.model_copy(update={"task": _hashed(other.task)}) for other in study.ablation.also_on)
+        others = tuple(
+            other.model_copy(update={"task": _found(other.task, folder)}) for other in study.ablation.also_on
+        )
         changes["ablation"] = study.ablation.model_copy(update={"also_on": others})
     return study.model_copy(update=changes)
 
 
-def _hashed(task: Task) -> Task:
-    if not isinstance(task, LanguageModelling) or task.data_sha256 is not None:
+def _found(task: Task, folder: Path) -> Task:
+    if not isinstance(task, LanguageModelling):
         return task
-    from hqlt_trainer.corpus import fingerprint
+    from hqlt_trainer.corpus import STDLIB, fingerprint
 
+    if task.corpus != STDLIB:
+        place = (folder / Path(task.corpus).expanduser()).absolute()
+        task = task.model_copy(update={"corpus": os.path.normpath(place)})
+    if task.data_sha256 is not None:
+        return task
     return task.model_copy(update={"data_sha256": fingerprint(task)})
 
 
@@ -126,12 +137,15 @@ def _drive(study: Study, store: Store, ledger: Ledger, machine: Machine) -> int:
     if ledger.study(study.name).state == "complete":
         print(f"study {study.name} is complete; give it more trials with: hqlt study extend", file=sys.stderr)
         return _conclude(study, study_results(ledger, study.name), "complete")
+    store.refuse_links(study.name)
     with ExitStack() as stack:
         stack.callback(ledger.close)
         # Ray takes seconds to start: it does so while the samplers and the tables are loaded.
         started = stack.enter_context(_in_background(lambda: make_executor(study, machine, ledger)))
         view = stack.enter_context(ProgressView(study.name))
         view.say(f"study {study.name}: results go to {store.data}")
+        if warning := check_room(study, _n_left(ledger, study.name), store):
+            view.say(warning)
 
         def executor() -> "Executor":
             found = started()
@@ -160,14 +174,19 @@ def _drive(study: Study, store: Store, ledger: Ledger, machine: Machine) -> int:
             view=view,
             interrupts=Interrupts(),
         )
+        drain_s = 0.0
         try:
             ending = driver.run()
+            drain_s = DRAIN_S if ending == "complete" else PAUSED_DRAIN_S
             ledger.update_study(study.name, state=ending)
             results = study_results(ledger, study.name)
             if ending == "complete":
                 _export_front(results, store, spool)
+        except KeyboardInterrupt:
+            ledger.update_study(study.name, state="paused")
+            raise
         finally:
-            left = spool.close(DRAIN_S)
+            left = spool.close(drain_s)
         if spool.broken:
             view.say("the disk was full for a while: what MLflow lacks, `hqlt ui` tells it; the study lacks nothing")
         if left:
@@ -176,6 +195,12 @@ def _drive(study: Study, store: Store, ledger: Ledger, machine: Machine) -> int:
                 f"{store.spool_folder(study.name)} and are sent with the next run"
             )
     return _conclude(study, results, ending)
+
+
+def _n_left(ledger: Ledger, name: str) -> int:
+    """Trials of the budget that have not ended."""
+    counts = ledger.counts(name)
+    return ledger.study(name).budget - sum(counts[state] for state in FINISHED)
 
 
 def _conclude(study: Study, results: StudyResults, ending: str) -> int:
@@ -323,6 +348,7 @@ def delete(name: str, store: Store) -> None:
 
     ledger = store.open_existing()
     ledger.study(name)
+    store.refuse_links(name)
     drivers = ledger.drivers(name)
     dead = {driver.id for driver in DriverWatch().dead(drivers)}
     alive = [driver for driver in drivers if driver.id not in dead]
@@ -339,6 +365,7 @@ def free(name: str, store: Store) -> None:
     """Remove the checkpoints of ended trials that are not on the front."""
     ledger = store.open_existing()
     results = study_results(ledger, name)
+    store.refuse_links(name)
     kept = {record.number for record in front(results.trials, results.objectives, results.constraints)}
     kept |= {record.number for record in results.trials if record.state in ("running", "waiting", "paused")}
     removed: dict[tuple[int, int], int] = {}  # by device and inode: MLflow's artifacts are links to the same files

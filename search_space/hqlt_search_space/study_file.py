@@ -23,6 +23,8 @@ def load_study(path: Path | str) -> Study:
     """
     path = Path(path)
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():  # a pipe waits for somebody to write into it
+            raise StudyFileError(str(path), ("this is no file but a pipe, a socket or a device",))
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
