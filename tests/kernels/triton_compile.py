@@ -12,6 +12,7 @@ import torch
 import triton
 from hqlt_kernels.blend import triton_short_kernels as short
 from hqlt_kernels.fast_weight import triton_kernels as fast_weight
+from hqlt_kernels.fast_weight.triton_gradient import gradient_kernel
 from hqlt_kernels.fast_weight.triton_operator import launches
 from hqlt_kernels.window_attention import triton_kernels as window
 from hqlt_kernels.window_attention import triton_near_kernels as near
@@ -56,11 +57,13 @@ def report(
 
 
 def main() -> None:
-    launch = launches(torch.bfloat16, 128, 128)
+    launch = launches(torch.bfloat16, 128, 128, decay=False)
     tile = {"H": 8, "BT": launch.tile, "STRIDE": launch.tile, "PARTS": 1, "READ": 0, "SHIFT": 0, "MASKED": False}
     delta = tile | {"K": 128, "DELTA": True, "DECAY": False, "PREC": "tf32"}
     mapped = {"FEATURE": 1, "TINY": 1e-15}
-    gradient = {"V": 128, "BK": launch.gradient.block, "ADD": False} | mapped
+    gradient = {"V": 128, "BK": launch.gradient.block, "STAGES": launch.gradient.stages, "ADD": False} | mapped
+    gated = launches(torch.bfloat16, 128, 128, decay=True).gradient
+    gated_gradient = gradient | {"BK": gated.block, "STAGES": gated.stages, "DECAY": True}
     scan = {"V": 128, "BV": launch.scan.block, "OUTPUT": True, "SAVE": True, "STORED": False}
     scan |= {"INITIAL": False, "initial": None}
     reverse = {"V": 128, "BV": launch.reverse_scan.block, "FINAL": False, "dfinal": None}
@@ -68,8 +71,8 @@ def main() -> None:
         "prepare delta": (fast_weight.prepare_kernel, delta | mapped | {"STORED": False}, launch.prepare),
         "scan delta": (fast_weight.scan_kernel, delta | scan, launch.scan),
         "reverse_scan delta": (fast_weight.reverse_scan_kernel, delta | reverse, launch.reverse_scan),
-        "gradient delta": (fast_weight.gradient_kernel, delta | gradient, launch.gradient),
-        "gradient gated_delta": (fast_weight.gradient_kernel, delta | gradient | {"DECAY": True}, launch.gradient),
+        "gradient delta": (gradient_kernel, delta | gradient, launch.gradient),
+        "gradient gated_delta": (gradient_kernel, delta | gated_gradient, gated),
     }
     out: dict[str, Any] = {"triton": triton.__version__}
     for name, (kernel, constants, how) in jobs.items():

@@ -11,20 +11,9 @@ and backward, with dS the gradient of S':
 
     dU = tril(D q k^T)^T do + (gamma_last / gamma) k dS           dR = dv = T^T dU   (additive: dv = dU)
     dS_before = gamma_last dS + q^T gamma do - k^T gamma dR       reverse_scan_kernel, the tiles in reverse
-    P = tril(D do U^T)      M = -tril(D dR U^T, -1)               gradient_kernel, all tiles at once
-    dq = gamma do S^T + P k
-    dk = (gamma_last / gamma) U dS^T + P^T q - gamma dR S^T + (M + M^T) k
-    b^2 dbeta = rowsum(dR U)
-    <q, dq> = rowsum(do o)             <k, dk> = 2 b dbeta - rowsum(dv v)   (additive: rowsum(dv v))
 
-The scale is multiplied into q by prepare_kernel, and b into T, so that the two scans, which are serial in time, load
-neither. dbeta divides by b twice; a b of exactly zero is replaced by a tiny one, whose writes are far below rounding.
-The gradient of a log decay at t sums exactly the pairs (write j < t <= read i), each a product above: rowsum(do o) -
-rowsum(dv v) summed from t on is the same number, but a difference of large ones, and three times as wrong in 16 bits.
-
-No product of three C x C matrices is left in the backward, and no tensor w, u, dw beside the writes. The inner
-products in the last line are what the backward of the l2 norm needs of a whole row; known from the values' side, they
-let a program compute a slice of the columns of dq and dk to the end.
+triton_gradient.py makes dq, dk, dbeta and dlog_decay of these, all tiles at once. The scale is multiplied into q by
+prepare_kernel, and b into T, so that the two scans, which are serial in time, load neither.
 
 Reading: query i reads the writes j <= i (READ = 0), or those of earlier blocks of READ tokens. A tile then holds whole
 blocks (READ < BT), or a block is cut into PARTS tiles, all of which read the state at the block's start. STRIDE is the
@@ -462,196 +451,17 @@ def reverse_scan_kernel(
 def _features_backward(x, y, dy, norm, inner, FEATURE: tl.constexpr):
     """The gradient of x from that of y = phi(x); inner = <y, dy> and norm are of whole rows, the rest of a slice."""
     if FEATURE == SILU_L2 or FEATURE == RELU_L2:
-        dy = (dy - y * inner[:, None]) * norm[:, None]
+        dy -= y * inner[:, None]
+    dy *= norm[:, None]
     if FEATURE == SILU_L2:
         s = _sigmoid(x)
-        dy *= s * (1 + x * (1 - s))
+        t = x * s
+        dy *= t + s * (1 - t)
     elif FEATURE == ELU_PLUS_ONE:
-        dy *= tl.where(x > 0, 1.0, y)
+        dy *= tl.where(x > 0, 1.0, tl.exp(tl.minimum(x, 0.0)))
     elif FEATURE == RELU_L2:
         dy = tl.where(x > 0, dy, 0.0)
     return dy
-
-
-@triton.jit
-def _sum_from(x, READ: tl.constexpr, BT: tl.constexpr):
-    """At t, the sum of x_i over the queries i (READ = 0: or keys) whose read a decay at t comes before."""
-    i = tl.arange(0, BT)
-    return tl.sum(tl.where(_readable(i[:, None], i[None, :], READ), x[:, None], 0.0), 0)
-
-
-@triton.jit
-def _across(x, READ: tl.constexpr, BT: tl.constexpr):
-    """At t, the sum of x_ij over the pairs that a decay at t comes between: written at j < t, read at i after it."""
-    i = tl.arange(0, BT)
-    before = tl.cumsum(x, 1) - x
-    return tl.sum(tl.where(_readable(i[:, None], i[None, :], READ), before, 0.0), 0)
-
-
-@triton.jit
-def gradient_kernel(
-    q,
-    k,
-    q_features,
-    k_features,
-    v,
-    beta,
-    gates,
-    norms,
-    o,
-    do,
-    dv,
-    writes,
-    states,
-    dstates,
-    dq,
-    dk,
-    dv_sum,
-    dbeta,
-    dlog_decay,
-    T,
-    NT,
-    scale,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BT: tl.constexpr,
-    BK: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PARTS: tl.constexpr,
-    READ: tl.constexpr,
-    SHIFT: tl.constexpr,
-    MASKED: tl.constexpr,
-    FEATURE: tl.constexpr,
-    DELTA: tl.constexpr,
-    DECAY: tl.constexpr,
-    TINY: tl.constexpr,
-    ADD: tl.constexpr,
-    PREC: tl.constexpr,
-):
-    """dq, dk before the feature map, dbeta, and dlog_decay [K / BK, B, T, H], a part from each slice of K.
-
-    q_features, k_features from prepare_kernel, q with the scale. With ADD, dq, dk and dv are added to
-    what stands in dq, dk and dv_sum. Grid NT * K / BK * B * H.
-    """
-    NK: tl.constexpr = K // BK
-    place, bh = _place(NT * NK)
-    part = place % NK
-    c = place // NK
-    first, count = _tile(c, T, BT, PARTS, STRIDE)
-    i = tl.arange(0, BT)
-    d = part * BK + tl.arange(0, BK)
-    e = tl.arange(0, V)
-    ok = i < count
-    ok_k = ok & (first + i >= SHIFT)
-    row = (bh // H) * T * H + bh % H + first * H
-    row_k = row - SHIFT * H
-    LOCAL: tl.constexpr = READ == 0 or (PARTS == 1 and STRIDE > READ)
-    rows = i[:, None] * (H * V) + e[None, :]
-    cols = i[:, None] * (H * K) + d[None, :]
-    state_at = d[:, None] * V + e[None, :]
-    tile = bh * NT + c
-
-    dob = _load(do + row * V + rows, ok, MASKED)
-    inner_q = tl.sum(dob.to(tl.float32) * _load(o + row * V + rows, ok, MASKED).to(tl.float32), 1)
-    vb = _load(v + row_k * V + rows, ok_k, MASKED)
-    dR = _load(dv + row_k * V + rows, ok_k, MASKED)
-    inner_v = tl.sum(dR.to(tl.float32) * vb.to(tl.float32), 1)
-    if DELTA:
-        U = _load(writes + row * V + rows, ok, MASKED)
-        b = tl.load(beta + row + i * H, mask=ok, other=1.0).to(tl.float32)
-        b = tl.where(tl.abs(b) < TINY, TINY, b)
-        bdb = tl.sum(dR.to(tl.float32) * (1 / b)[:, None] * U.to(tl.float32), 1)
-        if part == 0:
-            tl.store(dbeta + row + i * H, (bdb / b).to(dbeta.dtype.element_ty), mask=ok)
-        inner_k = 2 * bdb - inner_v
-    else:
-        U = vb
-        inner_k = inner_v
-    if DECAY:
-        gk = tl.load(gates + tile * (2 * BT) + i)
-        gq = tl.load(gates + tile * (2 * BT) + BT + i)
-        last = tl.load(gates + tile * (2 * BT) + BT - 1)
-    norm_k = tl.load(norms + tile * (2 * BT) + i)
-    norm_q = tl.load(norms + tile * (2 * BT) + BT + i)
-
-    yk = _load(k_features + row * K + cols, ok, MASKED)
-    yq = _load(q_features + row * K + cols, ok, MASKED)
-    if DECAY:
-        dg = tl.zeros((BT,), tl.float32)
-    if LOCAL:
-        P = tl.dot(dob, tl.trans(U), input_precision=PREC)  # [query, write]
-        seen = _readable(i[:, None], i[None, :], READ)
-        if DECAY:
-            P *= tl.exp2(tl.where(seen, gq[:, None] - gk[None, :], 0.0))
-        P = tl.where(seen, P, 0.0)
-        if DECAY:
-            dg += _across(P * tl.dot(yq, tl.trans(yk), input_precision=PREC), READ, BT)
-        P = P.to(dob.dtype)
-    S = tl.load(states + (tile - c % PARTS) * (K * V) + state_at)
-    acc = tl.dot(dob, tl.trans(S), input_precision=PREC)
-    if DECAY:
-        acc *= tl.exp2(gq)[:, None]
-        if READ == 0:
-            dg += _sum_from(tl.sum(acc * yq.to(tl.float32), 1), 0, BT)
-        elif LOCAL:
-            dg += _sum_from(tl.sum(acc * yq.to(tl.float32), 1), READ, BT)
-    if LOCAL:
-        acc = tl.dot(P, yk, acc, input_precision=PREC)
-    x = _load(q + row * K + cols, ok, MASKED).to(tl.float32)
-    # With y = q_features / scale and dy = acc * scale.
-    dx = _features_backward(x, yq.to(tl.float32) * (1 / scale), acc * scale, norm_q, inner_q, FEATURE)
-    if ADD:
-        dx += _load(dq + row * K + cols, ok, MASKED).to(tl.float32)
-    _store(dq + row * K + cols, dx, ok, MASKED)
-
-    if DELTA:
-        lower = i[:, None] > i[None, :]
-        M = tl.dot(dR, tl.trans(U), input_precision=PREC)
-        MT = tl.dot(U, tl.trans(dR), input_precision=PREC)
-        M = tl.where(i[:, None] == i[None, :], 0.0, tl.where(lower, -M, -MT))
-        if DECAY:
-            M *= tl.exp2(-tl.abs(gk[:, None] - gk[None, :]))
-            dg += _across(tl.where(lower, M, 0.0) * tl.dot(yk, tl.trans(yk), input_precision=PREC), 0, BT)
-        M = M.to(dob.dtype)
-        if PARTS > 1:
-            S = tl.load(states + tile * (K * V) + state_at)
-        read = tl.dot(dR, tl.trans(S), input_precision=PREC)
-        if DECAY:
-            read *= tl.exp2(gk)[:, None]
-            dg -= _sum_from(tl.sum(read * yk.to(tl.float32), 1), 0, BT)
-    if LOCAL:
-        PT = tl.dot(U, tl.trans(dob), input_precision=PREC)
-        seen = _readable(i[None, :], i[:, None], READ)
-        if DECAY:
-            PT *= tl.exp2(tl.where(seen, gq[None, :] - gk[:, None], 0.0))
-        PT = tl.where(seen, PT, 0.0).to(dob.dtype)
-    dS = tl.load(dstates + tile * (K * V) + state_at)
-    acc = tl.dot(U, tl.trans(dS), input_precision=PREC)
-    if DECAY:
-        acc *= tl.exp2(last - gk)[:, None]
-        written = tl.sum(acc * yk.to(tl.float32), 1)
-        dg += tl.sum(tl.where(i[:, None] < i[None, :], written[:, None], 0.0), 0)
-    if DELTA:
-        acc -= read
-        acc = tl.dot(M, yk, acc, input_precision=PREC)
-    if LOCAL:
-        acc = tl.dot(PT, yq, acc, input_precision=PREC)
-    x = _load(k + row_k * K + cols, ok_k, MASKED).to(tl.float32)
-    dx = _features_backward(x, yk.to(tl.float32), acc, norm_k, inner_k, FEATURE)
-    if ADD:
-        dx += _load(dk + row_k * K + cols, ok_k, MASKED).to(tl.float32)
-        own = row_k * V + i[:, None] * (H * V) + (part * (V // NK) + tl.arange(0, V // NK))[None, :]
-        sum_v = _load(dv_sum + own, ok_k, MASKED).to(tl.float32) + _load(dv + own, ok_k, MASKED).to(tl.float32)
-        _store(dv_sum + own, sum_v, ok_k, MASKED)
-    _store(dk + row_k * K + cols, dx, ok_k, MASKED)
-
-    if DECAY:
-        S = tl.load(states + tile * (K * V) + state_at).to(tl.float32)  # again: neither was kept in registers
-        dS = tl.load(dstates + tile * (K * V) + state_at).to(tl.float32)
-        dg += tl.exp2(last) * tl.sum(tl.sum(S * dS, 1), 0)
-        B = tl.num_programs(0).to(tl.int64) // (NT * NK * H)
-        tl.store(dlog_decay + part * B * T * H + row + i * H, dg, mask=ok)
 
 
 @triton.jit

@@ -14,17 +14,15 @@ import triton
 from torch import Tensor
 
 from hqlt_kernels.fast_weight import triton_kernels as kernels
+from hqlt_kernels.fast_weight.triton_gradient import gradient_kernel
 from hqlt_kernels.feature_maps import FEATURE_MAPS, FeatureMap
 from hqlt_kernels.triton_eager import eager_operator, nobody_looks_on
 from hqlt_kernels.triton_replicas import fold_replicas
 
-HEAD_DIMS = (16, 32, 64, 128)
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
 
 @dataclass(frozen=True)
 class Launch:
-    """How a kernel is launched: columns of V (or K) in a program, warps, and stages of the load pipeline."""
+    """How a kernel is launched: columns of V (or K) worked on at a time, warps, and stages of the load pipeline."""
 
     block: int
     warps: int
@@ -37,7 +35,8 @@ class Launches:
 
     16-bit inputs at D = 128 (H200, B8 T4096 H8; kernels/README.md): the scan needs three stages, as it is bound by the
     latency of its loads; the reverse scan holds more and fits two with half the columns; the gradient kernel fits twice
-    on a multiprocessor only without a pipeline. float32 takes short tiles: it multiplies in three tf32 parts.
+    on a multiprocessor. Wider heads take narrower slices and, where a whole row is worked on, eight warps. float32
+    takes short tiles and narrow slices: it multiplies in three tf32 parts, with operands in registers.
     """
 
     tile: int
@@ -47,22 +46,24 @@ class Launches:
     gradient: Launch
 
 
-def launches(dtype: torch.dtype, key_dim: int, value_dim: int) -> Launches:
-    """The launches for inputs of `dtype` with these head dims."""
+def launches(dtype: torch.dtype, key_dim: int, value_dim: int, decay: bool) -> Launches:
+    """The launches for inputs of `dtype` with these head dims, for a rule with decay or without."""
     if dtype == torch.float32:
         return Launches(
             tile=32,
             prepare=Launch(key_dim, 4, 1),
-            scan=Launch(min(value_dim, 32), 4, 2 if key_dim < 128 else 1),
-            reverse_scan=Launch(min(value_dim, 32), 4, 1),
-            gradient=Launch(max(16, key_dim // 2), 4, 1),
+            scan=Launch(16, 4, 2 if key_dim < 128 else 1),
+            reverse_scan=Launch(16, 4, 1),
+            gradient=Launch(16, 4, 1),
         )
+    wide = max(key_dim, value_dim) > 128
+    gradient = Launch(16, 4, 3) if decay and not wide else Launch(min(key_dim, 32), 8 if wide else 4, 2)
     return Launches(
         tile=64,
-        prepare=Launch(key_dim, 4, 1),
-        scan=Launch(min(value_dim, 64), 4, 3),
+        prepare=Launch(key_dim, 8 if wide else 4, 1),
+        scan=Launch(min(value_dim, 32 if wide else 64), 4, 2 if wide else 3),
         reverse_scan=Launch(min(value_dim, 32), 4, 2),
-        gradient=Launch(min(key_dim, 64), 4, 1),
+        gradient=gradient,
     )
 
 
@@ -168,7 +169,7 @@ def run_forward(
     out = _forward_outputs(q, k, v, beta, log_decay, read, save)
     o, final, q_features, k_features, transfer, gates, norms, states, writes = out
     batch, n_tokens, n_heads, key_dim = q.shape
-    launch = launches(q.dtype, key_dim, v.shape[-1])
+    launch = launches(q.dtype, key_dim, v.shape[-1], log_decay is not None)
     tiling = Tiling.of(n_tokens, launch.tile, read)
     q_scaled = q_features if save else torch.empty_like(q)
     k_mapped = k_features if save else torch.empty_like(k)
@@ -251,7 +252,7 @@ def run_reverse_scan(
     """dv (the last `shift` tokens are not set), the gradients of the states after each tile, and dinitial."""
     batch, n_tokens, n_heads, key_dim = q.shape
     value_dim = v.shape[-1]
-    launch = launches(q.dtype, key_dim, value_dim)
+    launch = launches(q.dtype, key_dim, value_dim, log_decay is not None)
     tiling = Tiling.of(n_tokens, launch.tile, read)
     dv = torch.empty_like(v)
     dstates = q.new_empty(batch * n_heads, tiling.n_tiles, key_dim, value_dim)
@@ -290,20 +291,20 @@ def run_gradients(
     """dq, dk, dbeta and dlog_decay. `add_to`: gradients of q, k and v that these (and dv) are added to, in place."""
     batch, n_tokens, n_heads, key_dim = q.shape
     value_dim = v.shape[-1]
-    launch = launches(q.dtype, key_dim, value_dim)
+    launch = launches(q.dtype, key_dim, value_dim, log_decay is not None)
     tiling = Tiling.of(n_tokens, launch.tile, read)
     dq, dk, dv_sum = (torch.empty_like(q), torch.empty_like(k), dv) if add_to is None else add_to
     dbeta = q.new_empty(0) if beta is None else torch.empty_like(beta)
-    n_slices = key_dim // launch.gradient.block
-    dlog_decay_parts = q.new_empty(n_slices, *(() if log_decay is None else log_decay.shape), dtype=torch.float32)
-    kernels.gradient_kernel[(tiling.n_tiles * n_slices * batch * n_heads,)](
+    dlog_decay = q.new_empty(0) if log_decay is None else torch.empty_like(log_decay)
+    gradient_kernel[(tiling.n_tiles * batch * n_heads,)](
         q, k, q_features, k_features, v, beta, gates, norms, o, do, dv, writes, states, dstates,
-        dq, dk, dv_sum, dbeta, dlog_decay_parts, n_tokens, tiling.n_tiles, scale,
-        K=key_dim, V=value_dim, BK=launch.gradient.block, FEATURE=feature, TINY=_tiny(q.dtype), ADD=add_to is not None,
+        dq, dk, dv_sum, dbeta, dlog_decay, n_tokens, tiling.n_tiles, scale,
+        K=key_dim, V=value_dim, BK=launch.gradient.block, STAGES=launch.gradient.stages,
+        FEATURE=feature, TINY=_tiny(q.dtype), ADD=add_to is not None,
         **_constants(q, beta, log_decay, launch, tiling, read, shift),
-        num_warps=launch.gradient.warps, num_stages=launch.gradient.stages,
+        num_warps=launch.gradient.warps,
     )  # fmt: skip
-    return dq, dk, dbeta, q.new_empty(0) if log_decay is None else dlog_decay_parts.sum(0).to(log_decay.dtype)
+    return dq, dk, dbeta, dlog_decay
 
 
 @torch.library.custom_op("hqlt::fast_weight_step", mutates_args=())
@@ -391,7 +392,7 @@ def _forward_outputs(
     if not save:
         n, f = q.new_empty, torch.float32
         return o, final, n(0), n(0), n(0), n(0, dtype=f), n(0, dtype=f), n(0), n(0)
-    launch = launches(q.dtype, key_dim, value_dim)
+    launch = launches(q.dtype, key_dim, value_dim, log_decay is not None)
     tiling = Tiling.of(n_tokens, launch.tile, read)
     return (
         o,
