@@ -138,7 +138,9 @@ class Resources(Spec):
     gpu: Annotated[
         Annotated[Literal["auto"], Tag("word")] | Annotated[float, Field(ge=0), Tag("number")],
         Discriminator(lambda value: "word" if isinstance(value, str) else "number"),
-    ] = Field(default="auto", description="GPUs; 0.25 puts four trials on one; auto: one if there is one.")
+    ] = Field(
+        default="auto", description="GPUs; 0.25 puts four trials on one; auto: as many on one as its memory holds."
+    )
     hang_after_s: Positive | None = Field(
         default=None,
         description="Seconds without a step after which a trial is ended and tried again; five times as long for its "

@@ -6,7 +6,8 @@ import pytest
 import torch
 from hqlt_search_space.cost import parameters, saved_bytes_per_token, training_bytes
 from hqlt_search_space.study_file import load_study
-from hqlt_search_space.trial import Config
+from hqlt_search_space.trial import Config, Runtime
+from hqlt_trainer.environment import reproducible
 from hqlt_trainer.memory import CUDA_BYTES, gpu_bytes, gpu_bytes_measured
 from hqlt_trainer.model import build_model
 from hqlt_trainer.precision import autocast
@@ -65,3 +66,12 @@ def test_what_a_gpu_must_have_covers_what_one_had(label: str, training_mib: int,
     taken = (training_mib + evaluation_mib) * 2**20 + CUDA_BYTES
     assert taken < gpu_bytes(CELLS[label], (0,)) < 1.8 * taken
     assert taken < gpu_bytes_measured(max(training_mib, evaluation_mib) * 2**20) < 1.8 * taken
+
+
+@pytest.mark.gpu
+def test_a_process_cannot_take_more_of_a_gpu_than_its_share() -> None:
+    a_twentieth = torch.cuda.get_device_properties(0).total_memory // 20
+    with reproducible(Runtime(device="cuda", gpu_share=0.05)), pytest.raises(torch.OutOfMemoryError):
+        torch.empty(a_twentieth, dtype=torch.uint8, device="cuda")
+    with reproducible(Runtime(device="cuda")):
+        torch.empty(a_twentieth, dtype=torch.uint8, device="cuda")
