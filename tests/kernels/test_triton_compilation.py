@@ -47,12 +47,14 @@ KERNELS = (
 # (torch 2.13), both 12.8 for Hopper; the larger of the two, and a few for other versions.
 ALLOWED_SPILL_STORES = {
     "scan delta": 4,
+    "near forward": 25,
     "near key_value_gradient": 30,
     "forward window 128": 12,
     "query_gradient window 128": 20,
     "key_value_gradient window 128": 60,
     "short forward": 40,
     "short backward": 80,
+    "split gradient": 45,  # tiles of half the rows need none and took 20 % longer
 }
 
 
@@ -63,6 +65,15 @@ def test_kernel_compiles_for_hopper_within_its_memory(compiled, kernel):
     assert report["registers"] <= 255
     assert report["spill_stores"] <= ALLOWED_SPILL_STORES.get(kernel, 0), report
     assert report["tensor_core_instructions"] > 0, "products of bfloat16 tiles left the tensor core"
+
+
+@pytest.mark.parametrize(
+    "kernel", ["split", "split gradient", "norm", "norm gradient", "embed", "embed gradient", "adamw"]
+)
+def test_a_kernel_that_moves_bytes_compiles_for_hopper(compiled, kernel):
+    report = compiled[kernel]
+    assert report["shared_bytes"] <= SHARED_MEMORY_OF_HOPPER
+    assert report["spill_stores"] <= ALLOWED_SPILL_STORES.get(kernel, 0), report
 
 
 @pytest.mark.parametrize(

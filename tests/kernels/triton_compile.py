@@ -10,10 +10,14 @@ from typing import Any
 
 import torch
 import triton
+from hqlt_kernels.adamw.triton_kernels import adamw_kernel
 from hqlt_kernels.blend import triton_short_kernels as short
+from hqlt_kernels.block_parts import triton_kernels as block_parts
 from hqlt_kernels.fast_weight import triton_kernels as fast_weight
 from hqlt_kernels.fast_weight.triton_gradient import gradient_kernel
 from hqlt_kernels.fast_weight.triton_operator import launches
+from hqlt_kernels.projections import triton_kernels as projections
+from hqlt_kernels.projections import triton_operator as projections_operator
 from hqlt_kernels.window_attention import triton_kernels as window
 from hqlt_kernels.window_attention import triton_near_kernels as near
 from triton.backends.compiler import GPUTarget
@@ -24,11 +28,18 @@ INTEGERS = ("T", "NT", "n_queries", "n_keys", "n_tokens", "window", "phase")
 
 
 def report(
-    kernel: Any, constants: dict[str, Any], warps: int, stages: int, maxnreg: int | None = None
+    kernel: Any,
+    constants: dict[str, Any],
+    warps: int,
+    stages: int,
+    maxnreg: int | None = None,
+    kinds: dict[str, str] | None = None,
 ) -> dict[str, int]:
     def kind(name: str) -> str:
         if name in constants:
             return "constexpr"
+        if kinds is not None and name in kinds:
+            return kinds[name]
         if name in INTEGERS:
             return "i32"
         if name == "scale":
@@ -79,8 +90,8 @@ def main() -> None:
         out[name] = report(kernel, constants, how.warps, how.stages)
     tiles = {"H": 8, "D": 128, "V": 128, "BT": 64, "ROPE": True, "PREC": "tf32"}
     full = tiles | {"MASKED": False}
-    out["near forward"] = report(near.forward_kernel, full | {"ALIGNED": False, "SAVE": True}, 4, 1)
-    out["near query_gradient"] = report(near.query_gradient_kernel, full, 4, 1)
+    out["near forward"] = report(near.forward_kernel, full | {"ALIGNED": False, "SAVE": True}, 4, 1, 168)
+    out["near query_gradient"] = report(near.query_gradient_kernel, full, 4, 1, 168)
     out["near key_value_gradient"] = report(near.key_value_gradient_kernel, full, 4, 1, 168)
     blocks = tiles | {"BN": 64, "N_BLOCKS": 3, "ALIGNED": False}
     out["forward window 128"] = report(window.forward_kernel, blocks, 4, 1, 168)
@@ -91,7 +102,34 @@ def main() -> None:
     out["short forward"] = report(short.short_forward_kernel, heads | {"kv": None, "fw": None}, 4, 1, 168)
     gone = {"dkv": None, "dfw": None, "dlog_decay": None}
     out["short backward"] = report(short.short_backward_kernel, heads | gone, 4, 1)
-    json.dump(out, sys.stdout)
+    json.dump(out | passes(), sys.stdout)
+
+
+def passes() -> dict[str, Any]:
+    """The kernels that only move bytes."""
+    strides = ("per_replica", "stride", "filter_stride", "weight_stride", "gate_stride", "n_decayed", "n")
+    parameters = ("filters", "dfilters", "weight", "dweight")
+    kinds = dict.fromkeys(strides, "i32") | dict.fromkeys(parameters, "*fp32") | {"tokens": "*i64"}
+    parts = {"W0": 128, "W1": 128, "W2": 128, "W3": 4, "W4": 0, "W5": 128, "W6": 128, "TAPS": 4, "ACTIVATE": True}
+    parts |= {"BLOCK": projections_operator.BLOCK, "FILTERED": 384 // projections_operator.BLOCK}
+    tile = {"EPSILON": 1e-5, "D": 128, "H": 1, "ROWS": 16, "BLOCK": 128, "ADD": True, "GATE": False, "gate": None}
+    tile_gradient = tile | {"HAS_DTOTAL": True, "AGAIN": True, "dgate": None}
+    embedding = {"D": 128, "BLOCK": 64, "ROWS": 32}
+    table = dict.fromkeys(adamw_kernel.arg_names, "*fp32") | {"n": "i32", "n_decayed": "i32", "takes": "*i1"}
+    jobs: dict[str, tuple[Any, dict[str, Any], dict[str, str]]] = {
+        "split": (projections.split_kernel, parts | {"ROWS": projections_operator.SPLIT_ROWS, "SAVE": True}, kinds),
+        "split gradient": (
+            projections.split_gradient_kernel,
+            parts | {"ROWS": projections_operator.GRADIENT_ROWS, "UNUSED": 12},
+            kinds,
+        ),
+        "norm": (block_parts.norm_kernel, tile, kinds),
+        "norm gradient": (block_parts.norm_gradient_kernel, tile_gradient, kinds),
+        "embed": (projections.embed_kernel, embedding | {"BLOCK": 128}, kinds),
+        "embed gradient": (projections.embed_gradient_kernel, embedding | {"V": 3, "V_PADDED": 16}, kinds),
+        "adamw": (adamw_kernel, {"BLOCK": 1024}, table),
+    }
+    return {name: report(kernel, sizes, 4, 3, kinds=kinds) for name, (kernel, sizes, kinds) in jobs.items()}
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from hqlt_kernels.triton_eager import eager_operator, nobody_looks_on
 PROGRAMS = 528
 """That share the rows of a sum, four for each of an H200's multiprocessors; a constant, so that sums are too."""
 BLOCK = 64
-SPLIT_ROWS, GRADIENT_ROWS = 32, 64
+SPLIT_ROWS, GRADIENT_ROWS = 64, 128
+"""The quickest of twelve tiles each at 1024 x 39 tokens and 384 + 260 columns on an H200, four warps; see README.md."""
 
 
 def sum_parts(parts: Tensor, total: Tensor) -> None:
@@ -85,7 +86,7 @@ def run_split_gradient(
     kernels.split_gradient_kernel[(programs, n_blocks, replicas)](
         flat, filters, *grads[:3], before_silu, *grads[3:], drows, parts, rows.shape[1], per_replica, flat.stride(0),
         filter_stride, *widths, UNUSED=unused, TAPS=taps, ROWS=GRADIENT_ROWS, BLOCK=BLOCK, FILTERED=n_filtered,
-        ACTIVATE=activate, num_warps=8,
+        ACTIVATE=activate,
     )  # fmt: skip
     sum_parts(parts, dfilters)
     return [drows, dfilters]
