@@ -138,7 +138,7 @@ def _attention_order(keys: int | None) -> tuple[BackendName, ...]:
 
 # Head dims that tiles of the Triton kernels are made for; rotary halves of 16 columns are the narrowest a dot takes.
 _TRITON_HEAD_DIMS = {"window_attention": (32, 64, 128), "blend": (32, 64, 128)}
-_TRITON_RULE_HEAD_DIMS = (16, 32, 64, 128)
+_TRITON_RULE_HEAD_DIMS = (16, 32, 64, 128, 256)
 _TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 _OLDEST_CAPABILITY = {"flash_attn_4": 9, "flash_attn_2": 8, "torch_flash": 8, "flex_attention": 8}
 _PACKAGE = {"flash_attn_4": "flash-attn-4", "flash_attn_2": "flash-attn"}
@@ -183,6 +183,8 @@ def _why_not_triton(
         supported = _TRITON_HEAD_DIMS.get(operator, _TRITON_RULE_HEAD_DIMS)
         if width not in supported:
             return f"head dims are {', '.join(map(str, supported))}, not {width}"
+        if width > 128 and dtype == torch.float32:
+            return f"float32 tiles of head dim {width} do not fit on a multiprocessor; up to 128 they do"
     return None
 
 

@@ -9,6 +9,7 @@ from hqlt_kernels.backends import (
     SHORT_WINDOW,
     BackendUnavailableError,
     Choice,
+    Operator,
     choose_backend,
     keys_seen,
     survey,
@@ -122,3 +123,16 @@ def test_keys_seen_tells_all_of_a_long_sequence_from_a_number(window, n_keys, ex
 
 def test_the_survey_names_every_operator_in_order():
     assert list(dict.fromkeys(choice.operator for choice in survey())) == list(OPERATORS)
+
+
+def test_heads_of_256_have_kernels_for_fast_weights_in_16_bits_only():
+    def choice(operator: Operator, dtype: torch.dtype) -> Choice:
+        with (
+            mock.patch.object(torch.cuda, "get_device_capability", lambda _: HOPPER),
+            mock.patch.object(backends, "_TRITON_IS_INSTALLED", True),
+        ):
+            return choose_backend(operator, device="cuda", dtype=dtype, head_dim=256)
+
+    assert choice("gated_delta", torch.bfloat16).backend == "triton"
+    assert "do not fit on a multiprocessor" in choice("gated_delta", torch.float32).reason
+    assert "head dims are 32, 64, 128, not 256" in choice("blend", torch.bfloat16).reason

@@ -136,6 +136,11 @@ def test_lengths_around_a_tile(n_tokens):
     check(rule="gated_delta", dtype=torch.float32, head_dim=16, n_tokens=n_tokens, carried=n_tokens > 1)
 
 
+@pytest.mark.usefixtures("poisoned_memory")
+def test_heads_of_256_columns():
+    check(rule="gated_delta", dtype=torch.float16, head_dim=256, n_tokens=70)
+
+
 @pytest.mark.parametrize("feature_map", ["identity", "elu_plus_one", "relu_l2"])
 def test_every_feature_map_has_its_gradient_in_the_kernel(feature_map):
     check(rule="decay", dtype=torch.float32, head_dim=16, n_tokens=40, feature_map=feature_map)
@@ -252,6 +257,12 @@ if CUDA:  # what the interpreter cannot show: compiled kernels in bfloat16, at s
     )
     def test_fast_weight_kernels_are_as_good_as_torch_on_this_card(case):
         check(**case)
+
+    @pytest.mark.gpu
+    @pytest.mark.usefixtures("poisoned_memory")
+    @pytest.mark.parametrize("rule", RULES)
+    def test_fast_weight_kernels_of_heads_of_256_columns_on_this_card(rule):
+        check(rule=rule, dtype=torch.bfloat16, head_dim=256, n_tokens=200)
 
     @pytest.mark.gpu
     @pytest.mark.parametrize("read_chunk", [16, 50, 64, 100, 256])
