@@ -75,7 +75,7 @@ def on_a_card(
 ) -> Choice:
     """What a machine that is not here would choose for attention."""
     with (
-        mock.patch.object(torch.cuda, "get_device_capability", lambda _: capability),
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=capability),
         mock.patch.object(backends, "_is_installed", installed.__contains__),
         mock.patch.object(backends, "_TRITON_IS_INSTALLED", True),
     ):
@@ -128,7 +128,7 @@ def test_the_survey_names_every_operator_in_order():
 def test_heads_of_256_have_kernels_for_fast_weights_in_16_bits_only():
     def choice(operator: Operator, dtype: torch.dtype) -> Choice:
         with (
-            mock.patch.object(torch.cuda, "get_device_capability", lambda _: HOPPER),
+            mock.patch.object(torch.cuda, "get_device_capability", return_value=HOPPER),
             mock.patch.object(backends, "_TRITON_IS_INSTALLED", True),
         ):
             return choose_backend(operator, device="cuda", dtype=dtype, head_dim=256)
