@@ -178,6 +178,14 @@ def test_a_full_disk_is_a_failed_replica_that_continues_when_there_is_room(
     assert _what_a_rerun_repeats(resumed.replicas[0]) == _what_a_rerun_repeats(unbroken.replicas[0])
 
 
+def test_a_trial_that_is_to_pause_on_a_full_disk_fails_for_that_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.fsync", _no_space)
+    (replica,) = run_trial(_trial(), tmp_path, cancelled=lambda: True).replicas
+    assert (replica.status, replica.reason, replica.step) == ("failed", "disk_full", 0)
+
+
 def _no_space(_descriptor: int) -> None:
     raise OSError(28, "No space left on device")
 

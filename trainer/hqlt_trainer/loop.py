@@ -361,6 +361,8 @@ class Training:
             while self.running and self.step < steps:
                 if self.callbacks.cancelled is not None and self.callbacks.cancelled():
                     self._save()
+                    if not self.running:  # there was no room for their checkpoints, which is a result
+                        break
                     raise TrialPausedError(self.running[0][1].seed, self.step)
                 self._take_step(next(data))
                 if self.step == steps:
