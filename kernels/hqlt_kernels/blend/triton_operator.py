@@ -1,9 +1,9 @@
 """A blend as one custom operator: both memories at once, and their mix.
 
-The fast weights' scans are serial in time and leave most of the card idle; the window's kernels are not and fill it. So
-the two run on two CUDA streams, the scans' with priority (else they wait until the window's kernels have ended), and
-join before the mix (forward) and before the last kernel, which adds the two
-branches' gradients of q, k and v (backward). A delay is a shift of the pointers to keys and values: nothing is copied.
+The fast weights' scan is serial in time and leaves most of the card idle; the window's kernel is not and fills it. So
+in the forward the two run on two CUDA streams, the scan's with priority (else it waits until the window's kernel has
+ended), and join before the mix. In the backward that gains nothing and keeps more in memory. Its last kernel adds the
+two branches' gradients of q, k and v. A delay is a shift of the pointers to keys and values: nothing is copied.
 
 Sequences that fit one tile have no scan. Each head is one program forward and one backward (triton_short_kernels.py).
 """
@@ -147,12 +147,11 @@ def run_backward(
         )
     dkv = torch.zeros_like(fw) if dkv is None else dkv
     dfw = torch.zeros_like(fw) if dfw is None else dfw
-    with _beside(q.device) as join:
-        dv, dstates, _ = fast_weight.run_reverse_scan(
-            q, v, beta, log_decay, q_features, k_features, transfer, gates, dfw, None, read, shift
-        )
     gradients = window_attention.run_backward(q, k, v, kv, weights, dkv, window, rope_base, aligned, 0, scale)
-    join()
+    del dkv  # before the most memory is needed
+    dv, dstates, _ = fast_weight.run_reverse_scan(
+        q, v, beta, log_decay, q_features, k_features, transfer, gates, dfw, None, read, shift
+    )
     _, _, dbeta, dlog_decay = fast_weight.run_gradients(
         q, k, v, beta, log_decay, q_features, k_features, gates, norms, states, writes, fw,
         dfw, dv, dstates, gradients, feature, scale, read, shift,
@@ -170,8 +169,10 @@ SHORT_HEAD_DIM = 64
 
 
 def is_short(q: Tensor, v: Tensor, rope_base: float) -> bool:
-    """Whether a head is one program. Positions are not turned there: the models for short sequences have none."""
-    return q.shape[1] <= SHORT and max(q.shape[-1], v.shape[-1]) <= SHORT_HEAD_DIM and rope_base == 0
+    """Whether a head is one program. Positions are not turned there: the models for short sequences have none. In three
+    tf32 parts such a program is twice as slow as the scans."""
+    fits = q.shape[1] <= SHORT and max(q.shape[-1], v.shape[-1]) <= SHORT_HEAD_DIM
+    return fits and rope_base == 0 and q.dtype != torch.float32
 
 
 def _short_constants(
@@ -181,14 +182,14 @@ def _short_constants(
         "H": q.shape[2],
         "K": q.shape[-1],
         "V": v.shape[-1],
-        "BT": max(16, triton.next_power_of_2(q.shape[1])),
+        "BT": SHORT,  # shorter tiles leave the Hopper tensor core, and are slower
         "READ": read,
         "ALIGNED": aligned,
         "FEATURE": feature,
         "DELTA": beta is not None,
         "DECAY": log_decay is not None,
         "TINY": fast_weight._tiny(q.dtype),
-        "PREC": "tf32x3" if q.dtype == torch.float32 else "tf32",
+        "PREC": "tf32",
         "num_warps": 4,
         "num_stages": 1,
     }
@@ -212,6 +213,7 @@ def _short_forward(
     short_kernels.short_forward_kernel[(q.shape[0] * q.shape[2],)](
         q, k, v, beta, log_decay, gate, kv, fw, mixed, q.shape[1], window, scale,
         SHIFT=shift, MIX=gate is not None, **_short_constants(q, v, beta, log_decay, aligned, feature, read),
+        **window_attention.at_most_168_registers(q),
     )  # fmt: skip
     return outputs
 

@@ -134,7 +134,7 @@ def run_backward(
             k, v, *table, do, kept, dq, dscores, q.shape[1], scale, **constants
         )
         near_kernels.key_value_gradient_kernel[_near_grid(q, 2)](
-            q, *table, do, kept, dscores, dk, dv, q.shape[1], **constants, **_at_most_168_registers(q)
+            q, *table, do, kept, dscores, dk, dv, q.shape[1], **constants
         )
         return dq, dk, dv
     lse = kept
@@ -183,10 +183,11 @@ def _near_constants(q: Tensor, v: Tensor, rope_base: float) -> dict[str, Any]:
         "PREC": "tf32x3" if q.dtype == torch.float32 else "tf32",
         "num_warps": 4,
         "num_stages": 1,
+        **at_most_168_registers(q),
     }
 
 
-def _at_most_168_registers(q: Tensor) -> dict[str, int]:
+def at_most_168_registers(q: Tensor) -> dict[str, int]:
     """Three programs of four warps fit on a multiprocessor with 168 registers each (measured: kernels/README.md)."""
     return {} if q.dtype == torch.float32 else {"maxnreg": 168}
 
@@ -213,7 +214,7 @@ class _Plan:
         wide = q.dtype == torch.float32
         self.forward = {"num_warps": 4, "num_stages": 1 if fixed or wide else 2}
         if fixed:
-            self.forward |= _at_most_168_registers(q)
+            self.forward |= at_most_168_registers(q)
         self.backward = {"num_warps": 4, "num_stages": 1 if wide else 2}
         rope = rope_base > 0 and fixed
         table = _table(rope_base, blocks * block, head_dim, 0, q.device, _angle_dtype(q)) if rope else (q, q)
