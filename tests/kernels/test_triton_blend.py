@@ -95,7 +95,7 @@ SHORT = [
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("case", SHORT, ids=lambda c: "-".join(map(str, c.values())))
 def test_a_short_sequence_is_one_program_with_all_its_gradients(case):
-    dtype, allowed = (torch.bfloat16, 2e-2) if CUDA else (torch.float16, 2.5e-3)  # five roundings; in the least, more
+    dtype, allowed = (torch.bfloat16, 3e-2) if CUDA else (torch.float16, 2.5e-3)  # of one token most: nothing averages
     options = {"timing": case["timing"], "window": case["window"], "delay_beta": False, "kv_rope_base": None}
     options |= {"feature_map": case.get("features", "silu_l2"), "fw_chunk": case.get("fw_chunk")}
     sizes = {name: case[name] for name in ("n_tokens", "beta", "decay", "gate") if name in case}
