@@ -1,6 +1,7 @@
 """The benchmark's parts; its numbers are for people."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hqlt_trainer.bench_throughput import Crew, Model, Way, ways
@@ -25,6 +26,12 @@ def test_every_way_is_compared_with_one_training_after_another(device: str) -> N
     first, *others = ways(device, 2, 8)
     assert (first.n_processes, first.n_threads, first.n_replicas, first.captured) == (1, 1, 1, False)
     assert len({first, *others}) == (6 if device == "cuda" else 5)
+
+
+@pytest.mark.parametrize("task", ["parity", "modular_arithmetic"])
+def test_a_model_comes_with_the_data_of_its_task(task: Any) -> None:
+    batch = Model(task, 32, 4).data().train_batch(0, 4, 0, "cpu")
+    assert batch.lengths.max() <= 39
 
 
 @pytest.mark.parametrize("d_model", [32, 128])

@@ -10,6 +10,7 @@ from hqlt_search_space.errors import TrialPausedError
 from hqlt_search_space.recipe import Recipe
 from hqlt_search_space.tasks import Mqar, Parity
 from hqlt_search_space.trial import ReplicaResult, Runtime, Trial, TrialResult
+from hqlt_trainer import replicas
 from hqlt_trainer import stacking as rule
 from hqlt_trainer.environment import reproducible
 from hqlt_trainer.model import Model, build_model
@@ -134,6 +135,33 @@ def test_a_skipped_step_changes_neither_weights_nor_moments(count: int) -> None:
     assert moments.keys()
     assert all(torch.equal(moments[name], now) for name, now in optimiser_tensors(member, optimiser).items())
     assert all(torch.equal(weights[name], now) for name, now in _weights(member).items())
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_joint_update_is_that_of_each_replicas_own_optimiser(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    task_data = build_task(Parity.model_validate(PARITY))
+    recipes = [_recipe(clip=0.5, learning_rate=rate) for rate in (0.01, 0.003, 0.02)][:count]
+    stacks = [Stack(_models(_arch(), count), recipes, CPU)]
+    monkeypatch.setattr(replicas, "updates_jointly", lambda stack, device: True)
+    stacks.append(Stack(_models(_arch(), count), recipes, CPU))
+    for step in range(6):
+        for stack in stacks:
+            if step == 2 and count == 3:
+                stack.leave(1)
+            head = stack.members[0].head.weight
+            kept = head.detach().clone()
+            if step == 3:  # a step that the first replica skips
+                head.data[0, 0] = torch.nan
+            stack.take_step(step, _data(task_data, step, list(range(count)), recipes[0]).parts)
+            if step == 3:
+                head.data.copy_(kept)
+    own, joint = stacks
+    assert joint._joint is not None
+    assert [tally.skipped for tally in joint.tallies()] == [1, 0, 0][:count]
+    assert [(t.steps, t.skipped) for t in joint.tallies()] == [(t.steps, t.skipped) for t in own.tallies()]
+    for member, other in zip(own.members, joint.members, strict=True):
+        for name, weight in _weights(member).items():
+            torch.testing.assert_close(_weights(other)[name], weight, rtol=1e-9, atol=1e-12)
 
 
 def test_micro_batches_make_the_same_step_as_the_whole_batch() -> None:

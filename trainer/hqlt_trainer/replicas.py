@@ -40,6 +40,11 @@ EAGER_STEPS = 3
 """Steps before the one that is captured: libraries allocate their workspaces and the optimisers their moments."""
 
 
+def updates_jointly(stack: Model, device: torch.device) -> bool:
+    """Whether `JointAdamW` updates the replicas, or each its own AdamW."""
+    return device.type == "cuda" and sum(p.numel() for p in stack.parameters()) <= JOINT_PARAMETERS
+
+
 def stack_models(members: Sequence[Model]) -> Model:
     """One model whose parameters are those of `members` along a new first axis; theirs become slices of it.
 
@@ -166,7 +171,7 @@ class Stack:
         self.device = device
         self.model = stack_models(members)
         self._joint: JointAdamW | None = None
-        if device.type == "cuda" and sum(p.numel() for p in self.model.parameters()) <= JOINT_PARAMETERS:
+        if updates_jointly(self.model, device):
             self._joint = JointAdamW(self.model, members, recipes)
             self.optimisers = self._joint.optimisers
         else:
