@@ -206,7 +206,7 @@ def _join_for_a_moment(lab: Lab) -> None:
 
 def test_a_worker_that_is_killed_or_stopped_and_a_node_that_dies_cost_no_trial(make_lab: MakeLab) -> None:
     """One study, because Ray takes seconds to start; the three strike one after the other."""
-    lab = make_lab(text(trials=6, steps=800, parallel=2, resources={"gpu": 0, "hang_after_s": 8}))
+    lab = make_lab(text(trials=4, steps=600, parallel=2, resources={"gpu": 0, "hang_after_s": 8}))
     driver = lab.run()
     killed = wait_for_training(lab, driver)
     _signal_worker(lab, killed, signal.SIGKILL)
