@@ -195,9 +195,13 @@ class Ledger:
             tx.execute(DRIVERS.update().where(DRIVERS.c.id == driver).values(executor=executor))
 
     def leave(self, driver: DriverId) -> None:
-        """Say that this driver is gone in good order: what it still holds may be taken at once."""
+        """Say that this driver is gone in good order. What it still holds is given back."""
         with self.write() as tx:
             tx.execute(DRIVERS.update().where(DRIVERS.c.id == driver).values(ended=True))
+            held = sa.select(ATTEMPTS).where(ATTEMPTS.c.driver == driver, ATTEMPTS.c.state == "running")
+            for row in tx.execute(held).all():
+                lease = AttemptKey(row.number, row.seed, row.attempt)
+                _end_attempt(tx, row.study, lease, "lost", "its driver left", crash=False)
 
     def beat(self, study: str, driver: DriverId, steps: Mapping[AttemptKey, int]) -> list[AttemptKey] | None:
         """Show that the driver lives and how far its attempts are. Returns those a user has asked to cancel.

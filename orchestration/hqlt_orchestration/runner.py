@@ -47,16 +47,19 @@ POLL_S = 0.5  # the longest that Ctrl-C waits to be noticed
 IDLE_S = 0.2  # between two looks when only other drivers have work
 MIRROR_S = 2.0  # between two updates of front ranks and hypervolume in MLflow
 SHOW_S = 0.25  # between two pictures of the front for the user
-PAUSE_GRACE_S = 30.0  # a paused trial writes its checkpoint within this time, or loses what came after the last one
+PAUSE_GRACE_S = 20.0  # a paused trial writes its checkpoint within this time, or loses what came after the last one
 
 Ending = Literal["complete", "paused"]
 
 
 class Interrupts:
-    """Ctrl-C and SIGTERM: the first asks the loop to end in good order, the second ends the process."""
+    """Ctrl-C, SIGTERM and a terminal that is closed: the first asks the loop to end in good order, the second ends the
+    process. What somebody has chosen to ignore (`nohup`) stays ignored.
+    """
 
     def __init__(self) -> None:
         self.asked = False
+        self._heard: list[signal.Signals] = []
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -64,12 +67,21 @@ class Interrupts:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        asking = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = {number: signal.getsignal(number) for number in asking}
+        self._heard = [number for number in asking if before[number] != signal.SIG_IGN]
+        self.listen()
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for number in self._heard:
+                signal.signal(number, before[number])
+            self._heard = []
+
+    def listen(self) -> None:
+        """Handle the signals that are watched, whoever has taken them meanwhile: Ray does when it starts."""
+        for number in self._heard:
+            signal.signal(number, self._ask)
 
     def _ask(self, _number: int, _frame: FrameType | None) -> None:
         if self.asked:
@@ -132,12 +144,21 @@ class Driver:
         self._next_mirror = 0.0
 
     def run(self) -> Ending:
-        """Run the study to its end, or until an interrupt."""
+        """Run the study to its end, or until an interrupt.
+
+        Raises:
+            KeyboardInterrupt: the second interrupt. What ran is lost since its last checkpoint, and given back.
+        """
+        with self._interrupts.watched():
+            return self._run()
+
+    def _run(self) -> Ending:
         self._read_ledger()
         self._driver = self._ledger.enter(self._name, "starting")
         try:
             self._adopt()
             self._executor = self._start_executor()
+            self._interrupts.listen()
             if self._executor.placement.why:
                 self._view.say(self._executor.placement.why)
             self._ledger.set_executor(self._driver, self._executor.name)
@@ -152,17 +173,16 @@ class Driver:
         phases: list[Phase] = [self._phase]
         if self._study.search is not None and self._study.replication is not None:
             phases.append("replicate")
-        with self._interrupts.watched():
-            for phase in phases:
-                self._begin(phase)
-                while not self._is_done(phase):
-                    if self._interrupts.asked:
-                        self._pause()
-                        return "paused"
-                    self._fill()
-                    self._wait()
-                    self._keep_house()
-                self._end(phase)
+        for phase in phases:
+            self._begin(phase)
+            while not self._is_done(phase):
+                if self._interrupts.asked:
+                    self._pause()
+                    return "paused"
+                self._fill()
+                self._wait()
+                self._keep_house()
+            self._end(phase)
         return "complete"
 
     # Start and end

@@ -25,8 +25,9 @@ from hqlt_orchestration.packing import Need, need_of
 from hqlt_orchestration.plan import checked_study, some_configs
 from hqlt_orchestration.progress import ProgressView
 from hqlt_orchestration.results import study_results
+from hqlt_orchestration.room import check_room
 from hqlt_orchestration.store import Store
-from hqlt_orchestration.tables import StudyRow
+from hqlt_orchestration.tables import FINISHED, StudyRow
 
 if TYPE_CHECKING:
     from hqlt_orchestration.executor import Executor
@@ -40,6 +41,7 @@ class UsageError(HqltError):
 
 
 DRAIN_S = 60.0  # how long the end of a study waits for MLflow
+PAUSED_DRAIN_S = 5.0  # and a pause, of which a cluster may give notice only 30 s before
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,8 @@ def _drive(study: Study, store: Store, ledger: Ledger, machine: Machine) -> int:
         started = stack.enter_context(_in_background(lambda: make_executor(study, machine, ledger)))
         view = stack.enter_context(ProgressView(study.name))
         view.say(f"study {study.name}: results go to {store.data}")
+        if warning := check_room(study, _n_left(ledger, study.name), store):
+            view.say(warning)
 
         def executor() -> "Executor":
             found = started()
@@ -170,14 +174,20 @@ def _drive(study: Study, store: Store, ledger: Ledger, machine: Machine) -> int:
             view=view,
             interrupts=Interrupts(),
         )
+        drain_s = 0.0
         try:
             ending = driver.run()
+            drain_s = DRAIN_S if ending == "complete" else PAUSED_DRAIN_S
             ledger.update_study(study.name, state=ending)
             results = study_results(ledger, study.name)
             if ending == "complete":
                 _export_front(results, store, spool)
+        except KeyboardInterrupt:
+            ledger.update_study(study.name, state="paused")
+            print(f"ended at once; from the last checkpoints on: hqlt study resume {study.name}", file=sys.stderr)
+            return 1
         finally:
-            left = spool.close(DRAIN_S)
+            left = spool.close(drain_s)
         if spool.broken:
             view.say("the disk was full for a while: what MLflow lacks, `hqlt ui` tells it; the study lacks nothing")
         if left:
@@ -186,6 +196,12 @@ def _drive(study: Study, store: Store, ledger: Ledger, machine: Machine) -> int:
                 f"{store.spool_folder(study.name)} and are sent with the next run"
             )
     return _conclude(study, results, ending)
+
+
+def _n_left(ledger: Ledger, name: str) -> int:
+    """Trials of the budget that have not ended."""
+    counts = ledger.counts(name)
+    return ledger.study(name).budget - sum(counts[state] for state in FINISHED)
 
 
 def _conclude(study: Study, results: StudyResults, ending: str) -> int:
