@@ -46,7 +46,7 @@ def torch_flash(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: floa
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     o = varlen_attn(q, k, v, borders(n_queries), borders(n_keys), n_queries, n_keys, scale=scale, window_size=sides)
     assert isinstance(o, Tensor)
-    return o.unflatten(0, (batch, n_queries))
+    return o.reshape(batch, n_queries, *o.shape[1:])
 
 
 def flex_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
