@@ -113,7 +113,10 @@ class LanguageModelling(Spec):
 
     kind: Literal["language_modelling"] = "language_modelling"
     version: Literal[1] = Field(default=1, description="Of the splitting and the sampling.")
-    corpus: str = Field(default="stdlib", description="`stdlib`, or a .txt, .jsonl or .parquet file, or a folder.")
+    corpus: str = Field(
+        default="stdlib",
+        description="`stdlib`, or a .txt, .jsonl or .parquet file, or a folder; relative to the study's file.",
+    )
     column: str = Field(default="text", description="Which field of a .jsonl or .parquet file holds the text.")
     context: Annotated[int, Field(ge=2, description="Tokens a training sequence.")] = 256
     n_validation_bytes: Annotated[int, Field(ge=1, description="Of validation text.")] = 65536
