@@ -122,9 +122,9 @@ def _catch_up(store: Store) -> None:
     """Tell MLflow what it lacks of any study: what waits in spools, and what only the ledger knows."""
     from hqlt_orchestration.tracking import catch_up
 
-    for folder in sorted(store.data.glob("studies/*")):
+    for folder in sorted(store.data.glob("studies/*/spool")):
         try:
-            catch_up(store, folder.name)
+            catch_up(store, folder.parent.name)
         except Exception as error:
             last = masked(str(error)).strip().splitlines()[-1][:200]
             raise StoreError(f"cannot write to MLflow at {masked(store.mlflow_uri)}: {last}") from error

@@ -1,6 +1,7 @@
 """Study files: what users read when something is wrong, and what a hostile file cannot do."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -380,8 +381,10 @@ def test_a_number_is_read_exactly(number: float) -> None:
         (lambda folder: folder, "this is a folder; give the study's YAML file"),
         (lambda folder: folder / ("x" * 5000), "the file cannot be read: File name too long"),
         (lambda folder: f"{folder}/a\x00b", "the file cannot be read: "),
+        (lambda folder: os.mkfifo(folder / "pipe") or folder / "pipe", "this is no file but a pipe"),
+        (lambda folder: "/dev/zero", "this is no file but a pipe, a socket or a device"),
     ],
-    ids=["missing", "folder", "long", "nul"],
+    ids=["missing", "folder", "long", "nul", "pipe", "endless device"],
 )
 def test_a_path_that_cannot_be_read_gets_a_sentence(tmp_path: Path, make, problem: str) -> None:
     with pytest.raises(StudyFileError) as caught:
