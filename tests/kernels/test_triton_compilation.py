@@ -32,6 +32,7 @@ KERNELS = (
     "scan delta",
     "reverse_scan delta",
     "gradient delta",
+    "gradient delta, added",
     "gradient gated_delta",
     "near forward",
     "near query_gradient",
@@ -80,6 +81,8 @@ def test_a_kernel_that_moves_bytes_compiles_for_hopper(compiled, kernel):
     ("kernel", "programs"),
     [
         ("gradient delta", 2),
+        ("gradient delta, added", 2),
+        ("gradient gated_delta", 2),
         ("reverse_scan delta", 2),
         ("near forward", 3),
         ("near query_gradient", 3),

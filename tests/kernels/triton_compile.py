@@ -68,13 +68,12 @@ def report(
 
 
 def main() -> None:
-    launch = launches(torch.bfloat16, 128, 128, decay=False)
+    launch = launches(torch.bfloat16, 128, 128)
     tile = {"H": 8, "BT": launch.tile, "STRIDE": launch.tile, "PARTS": 1, "READ": 0, "SHIFT": 0, "MASKED": False}
     delta = tile | {"K": 128, "DELTA": True, "DECAY": False, "PREC": "tf32"}
     mapped = {"FEATURE": 1, "TINY": 1e-15}
     gradient = {"V": 128, "BK": launch.gradient.block, "STAGES": launch.gradient.stages, "ADD": False} | mapped
-    gated = launches(torch.bfloat16, 128, 128, decay=True).gradient
-    gated_gradient = gradient | {"BK": gated.block, "STAGES": gated.stages, "DECAY": True}
+    more = gradient | {"BK": launch.gradient_and_more.block, "STAGES": launch.gradient_and_more.stages}
     scan = {"V": 128, "BV": launch.scan.block, "OUTPUT": True, "SAVE": True, "STORED": False}
     scan |= {"INITIAL": False, "initial": None}
     reverse = {"V": 128, "BV": launch.reverse_scan.block, "FINAL": False, "dfinal": None}
@@ -83,7 +82,8 @@ def main() -> None:
         "scan delta": (fast_weight.scan_kernel, delta | scan, launch.scan),
         "reverse_scan delta": (fast_weight.reverse_scan_kernel, delta | reverse, launch.reverse_scan),
         "gradient delta": (gradient_kernel, delta | gradient, launch.gradient),
-        "gradient gated_delta": (gradient_kernel, delta | gated_gradient, gated),
+        "gradient delta, added": (gradient_kernel, delta | more | {"ADD": True}, launch.gradient_and_more),
+        "gradient gated_delta": (gradient_kernel, delta | more | {"DECAY": True}, launch.gradient_and_more),
     }
     out: dict[str, Any] = {"triton": triton.__version__}
     for name, (kernel, constants, how) in jobs.items():

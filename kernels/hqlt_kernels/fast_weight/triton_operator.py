@@ -34,9 +34,10 @@ class Launches:
     """One launch for each kernel, and the rows of a tile.
 
     16-bit inputs at D = 128 (H200, B8 T4096 H8; kernels/README.md): the scan needs three stages, as it is bound by the
-    latency of its loads; the reverse scan holds more and fits two with half the columns; the gradient kernel fits twice
-    on a multiprocessor. Wider heads take narrower slices and, where a whole row is worked on, eight warps. float32
-    takes short tiles and narrow slices: it multiplies in three tf32 parts, with operands in registers.
+    latency of its loads; the reverse scan holds more and fits two with half the columns. The gradient kernel fits twice
+    on a multiprocessor; where it also has decay or gradients to add, with narrower slices. Wider heads take eight warps
+    where whole rows are held. float32 takes short tiles and narrow slices: it multiplies in three tf32 parts, from
+    registers.
     """
 
     tile: int
@@ -44,10 +45,11 @@ class Launches:
     scan: Launch
     reverse_scan: Launch
     gradient: Launch
+    gradient_and_more: Launch
 
 
-def launches(dtype: torch.dtype, key_dim: int, value_dim: int, decay: bool) -> Launches:
-    """The launches for inputs of `dtype` with these head dims, for a rule with decay or without."""
+def launches(dtype: torch.dtype, key_dim: int, value_dim: int) -> Launches:
+    """The launches for inputs of `dtype` with these head dims."""
     if dtype == torch.float32:
         return Launches(
             tile=32,
@@ -55,15 +57,24 @@ def launches(dtype: torch.dtype, key_dim: int, value_dim: int, decay: bool) -> L
             scan=Launch(16, 4, 2 if key_dim < 128 else 1),
             reverse_scan=Launch(16, 4, 1),
             gradient=Launch(16, 4, 1),
+            gradient_and_more=Launch(16, 4, 1),
         )
-    wide = max(key_dim, value_dim) > 128
-    gradient = Launch(16, 4, 3) if decay and not wide else Launch(min(key_dim, 32), 8 if wide else 4, 2)
+    if max(key_dim, value_dim) > 128:
+        return Launches(
+            tile=64,
+            prepare=Launch(key_dim, 8, 1),
+            scan=Launch(min(value_dim, 32), 4, 2),
+            reverse_scan=Launch(min(value_dim, 32), 4, 2),
+            gradient=Launch(min(key_dim, 32), 8, 2),
+            gradient_and_more=Launch(min(key_dim, 32), 8, 2),
+        )
     return Launches(
         tile=64,
-        prepare=Launch(key_dim, 8 if wide else 4, 1),
-        scan=Launch(min(value_dim, 32 if wide else 64), 4, 2 if wide else 3),
+        prepare=Launch(key_dim, 4, 1),
+        scan=Launch(min(value_dim, 64), 4, 3),
         reverse_scan=Launch(min(value_dim, 32), 4, 2),
-        gradient=gradient,
+        gradient=Launch(min(key_dim, 32), 4, 2),
+        gradient_and_more=Launch(16, 4, 3),
     )
 
 
@@ -169,7 +180,7 @@ def run_forward(
     out = _forward_outputs(q, k, v, beta, log_decay, read, save)
     o, final, q_features, k_features, transfer, gates, norms, states, writes = out
     batch, n_tokens, n_heads, key_dim = q.shape
-    launch = launches(q.dtype, key_dim, v.shape[-1], log_decay is not None)
+    launch = launches(q.dtype, key_dim, v.shape[-1])
     tiling = Tiling.of(n_tokens, launch.tile, read)
     q_scaled = q_features if save else torch.empty_like(q)
     k_mapped = k_features if save else torch.empty_like(k)
@@ -252,7 +263,7 @@ def run_reverse_scan(
     """dv (the last `shift` tokens are not set), the gradients of the states after each tile, and dinitial."""
     batch, n_tokens, n_heads, key_dim = q.shape
     value_dim = v.shape[-1]
-    launch = launches(q.dtype, key_dim, value_dim, log_decay is not None)
+    launch = launches(q.dtype, key_dim, value_dim)
     tiling = Tiling.of(n_tokens, launch.tile, read)
     dv = torch.empty_like(v)
     dstates = q.new_empty(batch * n_heads, tiling.n_tiles, key_dim, value_dim)
@@ -291,18 +302,19 @@ def run_gradients(
     """dq, dk, dbeta and dlog_decay. `add_to`: gradients of q, k and v that these (and dv) are added to, in place."""
     batch, n_tokens, n_heads, key_dim = q.shape
     value_dim = v.shape[-1]
-    launch = launches(q.dtype, key_dim, value_dim, log_decay is not None)
+    launch = launches(q.dtype, key_dim, value_dim)
     tiling = Tiling.of(n_tokens, launch.tile, read)
     dq, dk, dv_sum = (torch.empty_like(q), torch.empty_like(k), dv) if add_to is None else add_to
     dbeta = q.new_empty(0) if beta is None else torch.empty_like(beta)
     dlog_decay = q.new_empty(0) if log_decay is None else torch.empty_like(log_decay)
+    how = launch.gradient if log_decay is None and add_to is None else launch.gradient_and_more
     gradient_kernel[(tiling.n_tiles * batch * n_heads,)](
         q, k, q_features, k_features, v, beta, gates, norms, o, do, dv, writes, states, dstates,
         dq, dk, dv_sum, dbeta, dlog_decay, n_tokens, tiling.n_tiles, scale,
-        K=key_dim, V=value_dim, BK=launch.gradient.block, STAGES=launch.gradient.stages,
+        K=key_dim, V=value_dim, BK=how.block, STAGES=how.stages,
         FEATURE=feature, TINY=_tiny(q.dtype), ADD=add_to is not None,
         **_constants(q, beta, log_decay, launch, tiling, read, shift),
-        num_warps=launch.gradient.warps,
+        num_warps=how.warps,
     )  # fmt: skip
     return dq, dk, dbeta, dlog_decay
 
@@ -392,7 +404,7 @@ def _forward_outputs(
     if not save:
         n, f = q.new_empty, torch.float32
         return o, final, n(0), n(0), n(0), n(0, dtype=f), n(0, dtype=f), n(0), n(0)
-    launch = launches(q.dtype, key_dim, value_dim, log_decay is not None)
+    launch = launches(q.dtype, key_dim, value_dim)
     tiling = Tiling.of(n_tokens, launch.tile, read)
     return (
         o,
