@@ -558,7 +558,8 @@ def start_ray(n_cpus: int, address: str | None) -> str:
         try:
             ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ResourceError(f"no Ray cluster answers at {address}: {error}") from error
+            token = "is its token in RAY_AUTH_TOKEN, or in ~/.ray/auth_token?"
+            raise ResourceError(f"no Ray cluster lets us in at {address}: {error}; {token}") from error
         return ""
     end_dead_sessions()
     # Ray never removes its logs, and lets everybody write into its folder: it gets one inside ours, closed to others.
