@@ -558,8 +558,8 @@ def start_ray(n_cpus: int, address: str | None) -> str:
         try:
             ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            token = "is its token in RAY_AUTH_TOKEN, or in ~/.ray/auth_token?"
-            raise ResourceError(f"no Ray cluster lets us in at {address}: {error}; {token}") from error
+            advice = "is its token in RAY_AUTH_TOKEN, or in ~/.ray/auth_token?"
+            raise ResourceError(f"no Ray cluster lets us in at {address}: {error}; {advice}") from error
         return ""
     end_dead_sessions()
     # Ray never removes its logs, and lets everybody write into its folder: it gets one inside ours, closed to others.
