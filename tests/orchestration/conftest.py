@@ -1,6 +1,7 @@
 """Small studies, and a store for each test."""
 
 from collections.abc import Callable
+from contextlib import closing
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -92,12 +93,11 @@ def drive() -> Drive:
     from hqlt_orchestration.tables import StudyRow
 
     def drive(study: Study, store: Store) -> str:
-        ledger = store.open()
-        new = StudyRow(
-            study.name, study.model_dump_json(), "", study.space_hash, study.n_trials, "open", None, None, 0.0
-        )
-        study = Study.from_json(ledger.add_study(new).study)
-        with ProgressView(study.name, Console(file=StringIO())) as view:
+        with closing(store.open()) as ledger, ProgressView(study.name, Console(file=StringIO())) as view:
+            new = StudyRow(
+                study.name, study.model_dump_json(), "", study.space_hash, study.n_trials, "open", None, None, 0.0
+            )
+            study = Study.from_json(ledger.add_study(new).study)
             ending = Driver(
                 study,
                 store=store,
@@ -108,8 +108,7 @@ def drive() -> Drive:
                 view=view,
                 interrupts=Interrupts(),
             ).run()
-        ledger.update_study(study.name, state=ending)
-        ledger.close()
-        return ending
+            ledger.update_study(study.name, state=ending)
+            return ending
 
     return drive

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hqlt_orchestration.doctor import doctor
 from hqlt_orchestration.ledger import NewTrial
+from hqlt_orchestration.spool import Spool, unshipped_bytes
 from hqlt_orchestration.store import Store
 from hqlt_search_space.study import Study
 
@@ -188,3 +189,17 @@ def test_a_damaged_checkpoint_is_told_every_time_and_not_hidden(
         code, mended, (problem,) = examine()
         assert (code, mended) == (1, [])
         assert problem == f"trial 1, seed 0: {weights} does not match the manifest's SHA-256"
+
+
+@pytest.mark.slow
+def test_what_a_killed_driver_left_for_mlflow_is_sent(broken_study: Study, store: Store, examine: Examine) -> None:
+    spool = Spool(store, "small")
+    spool._writer.kill()  # before it has loaded MLflow
+    spool._writer.communicate()
+    spool.put({"kind": "metrics", "phase": "search", "number": 0, "step": 4, "metrics": {"validation_loss_nats": 0.5}})
+    spool._file.close()
+    waiting = unshipped_bytes(store.spool_folder("small"))
+    code, mended, problems = examine()
+    assert mended == [f"{waiting} bytes that waited for MLflow are sent"]
+    assert (code, problems) == (0, [])
+    assert examine() == (0, [], [])

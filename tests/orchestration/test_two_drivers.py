@@ -37,7 +37,7 @@ def run_in_processes(n: int, run: Run, study: Study, store: Store) -> None:
     for driver in drivers:
         driver.start()
     for driver in drivers:
-        driver.join(1200)
+        driver.join(3000)
     assert [driver.exitcode for driver in drivers] == [0] * n
 
 

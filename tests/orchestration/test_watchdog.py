@@ -4,6 +4,7 @@ import fcntl
 import os
 import signal
 from collections.abc import Callable
+from contextlib import closing
 from io import StringIO
 
 import psutil
@@ -16,10 +17,12 @@ from hqlt_orchestration.sampler import Proposer
 from hqlt_orchestration.store import Store
 from hqlt_orchestration.tables import AttemptRow, StudyRow
 from hqlt_orchestration.watchdog import Watchdog
+from hqlt_search_space.errors import TrialFailedError
 from hqlt_search_space.study import Study
 from rich.console import Console
 
 MakeStudy = Callable[..., Study]
+Drive = Callable[[Study, Store], str]
 KEY = AttemptKey(0, 0, 1)
 
 
@@ -97,7 +100,7 @@ class Shown(RayExecutor):
         return events
 
 
-def drive(
+def drive_processes(
     study: Study, store: Store, see: Callable[[Event], None], output: StringIO
 ) -> tuple[Ending, list[AttemptRow]]:
     """The study run to its end, and its attempts."""
@@ -137,7 +140,7 @@ def test_a_stopped_process_is_ended_and_its_trial_quarantined_after_the_second_t
 
     output = StringIO()
     study = make_training(steps=300, trials=2, resources={"gpu": 0, "hang_after_s": 3})
-    ending, attempts = drive(study, store, see, output)
+    ending, attempts = drive_processes(study, store, see, output)
     assert ending == "complete"
     assert [(a.number, a.attempt, a.state) for a in attempts] == [
         *((0, 1, "hung"), (0, 2, "hung")),
@@ -161,6 +164,28 @@ def test_a_process_that_answers_but_makes_no_step_is_ended_too(
 
         study = make_training(steps=20, trials=1, sampler="random", resources={"gpu": 0, "hang_after_s": 1})
 
-        ending, attempts = drive(study, store, see, StringIO())
+        ending, attempts = drive_processes(study, store, see, StringIO())
     assert ending == "complete"
     assert [(a.attempt, a.state) for a in attempts] == [(1, "hung"), (2, "complete")]
+
+
+def test_a_thread_that_stands_still_ends_the_command_and_is_quarantined_after_the_second_time(
+    make_training: MakeStudy, drive: Drive, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hqlt_orchestration.executor.PAUSE_GRACE_S", 0.1)  # nobody waits for the thread
+    folder = replica_folder(store.trial_folder("small", 0), 0)
+    folder.mkdir(parents=True)
+    study = make_training(steps=20, trials=2, sampler="random", resources={"gpu": 0, "hang_after_s": 1})
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for _ in range(2):
+            with pytest.raises(
+                TrialFailedError, match=r"^trial 0, seed 0: hung.*continue with: hqlt study resume small$"
+            ):
+                drive(study, store)
+    assert drive(study, store) == "complete"
+    with closing(store.open()) as ledger:
+        counts = ledger.counts("small")
+        states = [(one.number, one.state) for one in ledger.attempts("small")]
+    assert (counts["quarantined"], counts["complete"]) == (1, 1)
+    assert states == [(0, "hung"), (0, "hung"), (1, "complete")]
