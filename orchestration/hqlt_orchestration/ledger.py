@@ -9,7 +9,7 @@ States of a replica, and of a trial as the sum of its replicas:
 
     waiting -> running -> complete | stopped | failed         a result, kept for ever
                        -> paused                              asked to stop; continues from its checkpoint
-                       -> waiting                             the attempt crashed or its driver died: tried again
+                       -> waiting                             the attempt crashed, hung or lost its driver: tried again
                        -> quarantined                         MAX_ATTEMPTS crashes: not tried again
 """
 
