@@ -24,14 +24,12 @@ class Packed:
         Raises:
             ValueError: `cu_seqlens` is no vector of at least two integers.
         """
-        if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.is_floating_point():
-            raise ValueError(f"cu_seqlens are borders of sequences, n + 1 integers; got {tuple(cu_seqlens.shape)}")
+        sequence = _sequence_of(cu_seqlens, total)
         starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
         if longest is None:
             longest = int(lengths.max())
         offset = torch.arange(longest, device=cu_seqlens.device)
         tokens = torch.arange(total, device=cu_seqlens.device)
-        sequence = torch.searchsorted(cu_seqlens.long(), tokens, right=True) - 1
         return cls(
             token=(starts[:, None] + offset).clamp(max=max(total - 1, 0)),
             present=offset < lengths[:, None],
@@ -46,3 +44,16 @@ class Packed:
     def packed(self, y: Tensor) -> Tensor:
         """[n, longest, ...] as [1, total, ...]."""
         return y.flatten(0, 1)[self.place].unsqueeze(0)
+
+
+def first_tokens(cu_seqlens: Tensor, total: int) -> Tensor:
+    """[total] int32: the packed index of the first token of each token's sequence. Raises as `Packed.of`."""
+    return cu_seqlens[_sequence_of(cu_seqlens, total)].int()
+
+
+def _sequence_of(cu_seqlens: Tensor, total: int) -> Tensor:
+    """[total]: which sequence a token is of."""
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.is_floating_point():
+        raise ValueError(f"cu_seqlens are borders of sequences, n + 1 integers; got {tuple(cu_seqlens.shape)}")
+    tokens = torch.arange(total, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens.long(), tokens, right=True) - 1

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from hqlt_kernels.packed import first_tokens
 from hqlt_kernels.rotary import rotate
 from hqlt_kernels.window_attention import definition
 from torch import Tensor
@@ -87,6 +88,25 @@ def test_queries_behind_a_cache_of_keys(n_tokens, n_keys, window):
     check(dtype=torch.float32, head_dim=32, n_tokens=n_tokens, n_keys=n_keys, window=window, position=3)
 
 
+@pytest.mark.parametrize("chunk_aligned", [False, True])
+def test_packed_sequences_of_a_near_window_are_those_of_each_alone(chunk_aligned):
+    torch.manual_seed(0)
+    lengths = [40, 1, 0, 31, 32, 33]
+    starts = first_tokens(torch.tensor([0, *lengths]).cumsum(0).to(DEVICE), sum(lengths)).unsqueeze(0)
+    q, k, v = (torch.randn(1, sum(lengths), 2, 32, device=DEVICE) for _ in range(3))
+    options = {"window": 20, "rope_base": 1e4, "chunk_aligned": chunk_aligned, "position": 7, "scale": 0.2}
+
+    def each_alone(*packed):
+        parts = zip(*(x.split(lengths, 1) for x in packed), strict=True)
+        return torch.cat([window_operator.window_attention(*x, **options) for x in parts if x[0].shape[1]], 1)
+
+    found = with_gradients(
+        lambda *x: window_operator.window_attention(*x, starts=starts, **options), [q, k, v], torch.float32
+    )
+    for name, x in with_gradients(each_alone, [q, k, v], torch.float32).items():
+        torch.testing.assert_close(found[name], x, rtol=1e-4, atol=1e-5)
+
+
 def test_all_keys_of_a_long_sequence_in_16_bits():
     """There PyTorch's flash attention takes over, between our rotations."""
     dtype = torch.bfloat16 if CUDA else torch.float16
@@ -112,7 +132,7 @@ def test_the_custom_operator_keeps_pytorchs_contract(window):
     q, k, v = (torch.randn(1, 40, 2, 32, device=DEVICE, requires_grad=True) for _ in range(3))
     torch.library.opcheck(
         window_operator.window_forward,
-        (q, k, v, window, 1e4, False, 0, 1.0, True),
+        (q, k, v, None, window, 1e4, False, 0, 1.0, True),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 

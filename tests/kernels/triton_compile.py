@@ -90,7 +90,8 @@ def main() -> None:
         out[name] = report(kernel, constants, how.warps, how.stages)
     tiles = {"H": 8, "D": 128, "V": 128, "BT": 64, "ROPE": True, "PREC": "tf32"}
     full = tiles | {"MASKED": False}
-    out["near forward"] = report(near.forward_kernel, full | {"ALIGNED": False, "SAVE": True}, 4, 1, 168)
+    seen = {"ALIGNED": False, "PACKED": False, "starts": None, "SAVE": True}
+    out["near forward"] = report(near.forward_kernel, full | seen, 4, 1, 168)
     out["near query_gradient"] = report(near.query_gradient_kernel, full, 4, 1, 168)
     out["near key_value_gradient"] = report(near.key_value_gradient_kernel, full, 4, 1, 168)
     blocks = tiles | {"BN": 64, "N_BLOCKS": 3, "ALIGNED": False}

@@ -99,7 +99,7 @@ def run_forward(
         return _short_forward(q, k, v, beta, log_decay, gate, window, aligned, feature, scale, read, shift)
     with _beside(q.device) as join:
         fw, *saved = fast_weight.run_forward(q, k, v, beta, log_decay, None, feature, scale, read, shift, save)
-    kv, weights = window_attention.run_forward(q, k, v, window, rope_base, aligned, 0, scale, save)
+    kv, weights = window_attention.run_forward(q, k, v, None, window, rope_base, aligned, 0, scale, save)
     join()
     mixed = q.new_empty(0)
     if gate is not None:
@@ -278,7 +278,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 def _(q, k, v, beta, log_decay, gate, window, rope_base, aligned, feature, scale, read, shift, save):  # type: ignore[no-untyped-def]  # torch calls it
     if is_short(q, v, rope_base):
         return _answers(v, gate)
-    kv, weights = window_attention.window_forward(q, k, v, window, rope_base, aligned, 0, scale, save)
+    kv, weights = window_attention.window_forward(q, k, v, None, window, rope_base, aligned, 0, scale, save)
     fw, *saved = fast_weight.fast_weight_forward(q, k, v, beta, log_decay, None, feature, scale, read, shift, save)
     return [kv, fw, q.new_empty(0) if gate is None else torch.empty_like(kv), weights, *saved]
 

@@ -5,8 +5,16 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from hqlt_kernels.backends import LIBRARIES, BackendUnavailableError, Forced, Library, choose_backend, keys_seen
-from hqlt_kernels.packed import Packed
+from hqlt_kernels.backends import (
+    LIBRARIES,
+    BackendName,
+    BackendUnavailableError,
+    Forced,
+    Library,
+    choose_backend,
+    keys_seen,
+)
+from hqlt_kernels.packed import Packed, first_tokens
 from hqlt_kernels.rotary import rotate
 from hqlt_kernels.triton_eager import nobody_looks_on
 from hqlt_kernels.window_attention import chunked, definition
@@ -39,15 +47,32 @@ def window_attention(
     the dtype of v, computed in float32, or float64 if an input is. Works under `torch.func.vmap`.
 
     `cu_seqlens` [n + 1]: B is 1 and n sequences stand one after the other, borders first to last, each from position
-    `position`. They are padded to the longest (given, or read from the device) inside.
+    `position`. Where the Triton kernels run and the window is at most 64 (float32: 32) they are taken as they stand;
+    else they are padded to the longest (given, or read from the device) inside.
 
     Raises:
         ValueError: shapes that do not fit together, a window below 1, chunks without a window.
         BackendUnavailableError: a forced backend cannot run here.
     """
+    _check(q, k, v, window, chunk_aligned)
     if cu_seqlens is not None:
         if q.shape[0] != 1 or q.shape[1] != k.shape[1]:
             raise ValueError(f"packed sequences are a batch of 1 with a key for each query; got q {tuple(q.shape)}")
+        if window is not None and _choose(q, k, v, window, chunk_aligned, backend) == "triton":
+            from hqlt_kernels.window_attention import triton_operator
+
+            if window <= triton_operator.tile_rows(_dtype(q, k, v)):
+                return triton_operator.window_attention(
+                    q,
+                    k,
+                    v,
+                    window=window,
+                    rope_base=rope_base,
+                    chunk_aligned=chunk_aligned,
+                    position=position,
+                    scale=q.shape[-1] ** -0.5 if scale is None else scale,
+                    starts=first_tokens(cu_seqlens, q.shape[1]).unsqueeze(0),
+                )
         layout = Packed.of(cu_seqlens, q.shape[1], longest)
         o = window_attention(
             layout.padded(q),
@@ -61,22 +86,12 @@ def window_attention(
             backend=backend,
         )
         return layout.packed(o)
-    _check(q, k, v, window, chunk_aligned)
     n_queries, n_keys = q.shape[1], k.shape[1]
     if window is not None and n_keys > n_queries + window - 1:  # older keys are in nobody's window
         stale = n_keys - (n_queries + window - 1)
         k, v, position = k[:, stale:], v[:, stale:], position + stale
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    chosen = choose_backend(
-        "window_attention",
-        device=q.device,
-        dtype=_dtype(q, k, v),
-        head_dim=q.shape[-1],
-        value_dim=v.shape[-1],
-        keys=keys_seen(window, n_keys),
-        libraries=_libraries(q, n_keys, window, chunk_aligned),
-        forced=backend,
-    ).backend
+    chosen = _choose(q, k, v, window, chunk_aligned, backend)
     if chosen == "triton":
         from hqlt_kernels.window_attention import triton_operator  # triton is there only where it can run
 
@@ -114,6 +129,20 @@ def turned(x: Tensor, rope_base: float, position: int) -> Tensor:
 
     y: Tensor = triton_operator.turn(x.contiguous(), rope_base, position, False)
     return y
+
+
+def _choose(q: Tensor, k: Tensor, v: Tensor, window: int | None, chunk_aligned: bool, forced: Forced) -> BackendName:
+    n_keys = k.shape[1]
+    return choose_backend(
+        "window_attention",
+        device=q.device,
+        dtype=_dtype(q, k, v),
+        head_dim=q.shape[-1],
+        value_dim=v.shape[-1],
+        keys=keys_seen(window, n_keys),
+        libraries=_libraries(q, n_keys, window, chunk_aligned),
+        forced=forced,
+    ).backend
 
 
 def _dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:

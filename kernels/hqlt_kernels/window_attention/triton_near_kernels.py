@@ -50,21 +50,31 @@ def _values(x, row, i, ok, H: tl.constexpr, V: tl.constexpr):
 
 
 @triton.jit
-def _seen(c, token, i, window, phase, BT: tl.constexpr, ALIGNED: tl.constexpr):
+def _seen(
+    c, token, i, ok, starts, window, phase, BT: tl.constexpr, ALIGNED: tl.constexpr, PACKED: tl.constexpr
+):  # fmt: skip
     """Whether the query of a row sees the key of a column, which is one of the tile before above the diagonal."""
     own = i[:, None] >= i[None, :]
     query = token + i[:, None]
     key = token + i[None, :] - tl.where(own, 0, BT)
-    return _visible(query, key, window, phase, ALIGNED) & (own | (c > 0))
+    if PACKED:
+        start = tl.load(starts + token + i, mask=ok, other=0)[:, None]
+        seen = _visible(query - start, key - start, window, phase, ALIGNED) & (key >= start)
+    else:
+        seen = _visible(query, key, window, phase, ALIGNED)
+    return seen & (own | (c > 0))
 
 
 @triton.jit
 def forward_kernel(
-    q, k, v, cos, sin, o, weights, n_tokens, window, phase, scale,
-    H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, MASKED: tl.constexpr,
+    q, k, v, starts, cos, sin, o, weights, n_tokens, window, phase, scale,
+    H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
     ALIGNED: tl.constexpr, ROPE: tl.constexpr, SAVE: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """o [B, T, H, V]; with SAVE also P [B * H, tiles, BT, BT]. window at most BT. Grid tiles * B * H."""
+    """o [B, T, H, V]; with SAVE also P [B * H, tiles, BT, BT]. window at most BT. Grid tiles * B * H.
+
+    With PACKED, starts [B, T] is the index of the first token of each token's sequence, and nobody sees before it.
+    """
     c, bh = _place(tl.cdiv(n_tokens, BT))
     i = tl.arange(0, BT)
     own = i[:, None] >= i[None, :]
@@ -84,7 +94,9 @@ def forward_kernel(
     v_before = _values(v, row_before, i, ok_before, H, V)
     s_before = tl.dot(q1, tl.trans(k1), input_precision=PREC)
     s_before = tl.dot(q2, tl.trans(k2), s_before, input_precision=PREC)
-    seen = _seen(c, token, i, window, phase, BT, ALIGNED)
+    if PACKED:
+        starts += (bh // H) * n_tokens
+    seen = _seen(c, token, i, ok, starts, window, phase, BT, ALIGNED, PACKED)
     s = tl.where(seen, tl.where(own, s, s_before) * (scale * LOG2E), NEVER)
     p = tl.exp2(s - tl.max(s, 1)[:, None])
     p = (p / tl.sum(p, 1)[:, None]).to(vb.dtype)

@@ -35,10 +35,13 @@ def window_attention(
     chunk_aligned: bool,
     position: int,
     scale: float,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """The attention of `definition.window_attention`, with rotary embedding inside.
 
-    Dots take operands in the dtype of the inputs and add in float32; float32 inputs are multiplied in three tf32 parts.
+    `starts` [B, T] int32, for near windows only: the index of the first token of each token's sequence, where sequences
+    stand one after the other, each from `position`. Dots take operands in the dtype of the inputs and add in float32;
+    float32 inputs are multiplied in three tf32 parts.
     """
     out_dtype = v.dtype
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
@@ -50,6 +53,7 @@ def window_attention(
         q.to(dtype).contiguous(),
         k.to(dtype).contiguous(),
         v.to(dtype).contiguous(),
+        starts,
         span(window, n_keys, chunk_aligned),
         0.0 if rope_base is None else rope_base,
         chunk_aligned,
@@ -81,6 +85,7 @@ def run_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    starts: Tensor | None,
     window: int,
     rope_base: float,
     aligned: bool,
@@ -94,8 +99,8 @@ def run_forward(
     if is_near(q, k, window):
         constants = _near_constants(q, v, rope_base)
         near_kernels.forward_kernel[_near_grid(q)](
-            q, k, v, *_near_table(q, rope_base), o, kept, q.shape[1], window, phase, scale,
-            ALIGNED=aligned, SAVE=save, **constants,
+            q, k, v, starts, *_near_table(q, rope_base), o, kept, q.shape[1], window, phase, scale,
+            ALIGNED=aligned, PACKED=starts is not None, SAVE=save, **constants,
         )  # fmt: skip
         return o, kept
     lse = kept
@@ -269,7 +274,7 @@ def _forward_outputs(q: Tensor, k: Tensor, v: Tensor, window: int, save: bool) -
 
 
 @window_forward.register_fake
-def _(q, k, v, window, rope_base, aligned, phase, scale, save):  # type: ignore[no-untyped-def]  # torch calls it
+def _(q, k, v, starts, window, rope_base, aligned, phase, scale, save):  # type: ignore[no-untyped-def]  # torch calls it
     return _forward_outputs(q, k, v, window, save)
 
 
@@ -279,7 +284,7 @@ def _(q, k, v, *_rest):  # type: ignore[no-untyped-def]  # torch calls it
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, *options = inputs
+    q, k, v, _starts, *options = inputs
     o, kept = output
     ctx.save_for_backward(q, k, v, None if is_near(q, k, options[0]) else o, kept)
     ctx.options = options[:-1]
@@ -290,8 +295,8 @@ def _backward(
     ctx: Any, do: Tensor | None, _dkept: None = None, run: Callable[..., tuple[Tensor, ...]] = window_backward
 ) -> tuple[Tensor | None, ...]:
     if do is None:
-        return (None,) * 9
-    return (*run(*ctx.saved_tensors, do.contiguous(), *ctx.options), *(None,) * 6)
+        return (None,) * 10
+    return (*run(*ctx.saved_tensors, do.contiguous(), *ctx.options), *(None,) * 7)
 
 
 eager_forward = eager_operator(run_forward, _setup_context, partial(_backward, run=run_backward), 1)
