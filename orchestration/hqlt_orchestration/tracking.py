@@ -134,6 +134,8 @@ def _tell_missing(store: Store, study: str, mirror: Mirror) -> None:
     from hqlt_orchestration.drivers import DriverWatch
     from hqlt_orchestration.told import everything_ended
 
+    if store.database is None and not (store.data / "hqlt.db").exists():  # the ledger is elsewhere
+        return
     try:
         ledger = store.open_existing()
     except HqltError as error:
