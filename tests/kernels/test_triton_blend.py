@@ -107,8 +107,9 @@ def test_a_short_sequence_is_one_program_with_all_its_gradients(case):
     assert max(errors.values()) < allowed, errors
 
 
-def test_replicas_under_vmap_are_one_call_each():
-    tensors = [x.float() for x in inputs(dtype=torch.float32, batch=3) if x is not None]
+@pytest.mark.parametrize(("dtype", "n_tokens"), [(torch.float32, 90), (torch.float16, 20)], ids=["scans", "short"])
+def test_replicas_under_vmap_are_one_call_each(dtype, n_tokens):
+    tensors = [x.to(dtype) for x in inputs(dtype=dtype, n_tokens=n_tokens, batch=3) if x is not None]
     stacked = [x.unsqueeze(1) for x in tensors]
     run = fused(timing="synchronous", window=8, delay_beta=False, feature_map="silu_l2", kv_rope_base=None)
 
