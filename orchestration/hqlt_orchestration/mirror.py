@@ -13,6 +13,7 @@ import os
 import shutil
 import sqlite3
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -52,7 +53,7 @@ class Mirror:
         self._study = study
         local = uri.startswith("sqlite:")
         if local:
-            _use_wal(uri)
+            _make_database(Path(uri.removeprefix("sqlite:///")), artifacts)
         found = self._client.get_experiment_by_name(study)
         self.is_new = found is None
         if found is None:
@@ -316,7 +317,21 @@ def _link(source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
-def _use_wal(uri: str) -> None:
-    """MLflow leaves SQLite in its slowest journal mode; the mode is a property of the file, so it is set once."""
-    with contextlib.closing(sqlite3.connect(uri.removeprefix("sqlite:///"), timeout=30)) as connection:
+def _make_database(path: Path, artifacts: Path) -> None:
+    """See that MLflow's database is there and whole.
+
+    MLflow makes its tables one by one, and refuses for ever a database in which some are missing, as a process that was
+    killed meanwhile leaves it. So a new one is made beside its place and takes it at once. MLflow leaves SQLite in its
+    slowest journal mode; the mode is a property of the file.
+    """
+    if not path.exists():
+        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+        with tempfile.TemporaryDirectory(prefix=".mlflow-", suffix=".tmp", dir=path.parent) as folder:
+            beside = Path(folder, path.name)
+            made = SqlAlchemyStore(f"sqlite:///{beside}", str(artifacts.resolve()))  # type: ignore[no-untyped-call]  # MLflow's own
+            made.engine.dispose()
+            with contextlib.suppress(FileExistsError):  # the writer of another study was faster
+                os.link(beside, path)
+    with contextlib.closing(sqlite3.connect(path, timeout=30)) as connection:
         connection.execute("PRAGMA journal_mode=WAL")

@@ -18,6 +18,7 @@ from typing import IO, Any
 import pytest
 from hqlt_orchestration import told
 from hqlt_orchestration.invariants import mirror_violations
+from hqlt_orchestration.mirror import Mirror
 from hqlt_orchestration.spool import Spool, read_position, unshipped_bytes, write_position
 from hqlt_orchestration.store import Store
 from hqlt_orchestration.studies import Machine, run
@@ -351,3 +352,19 @@ def test_no_point_is_lost_or_doubled_while_a_server_hangs_fails_and_dies(
     database.close()
     assert found == [(step, 1) for step in put]
     assert runs == [("0 model", "FINISHED"), ("search", "RUNNING")]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of MLflow's own queries
+def test_a_process_killed_while_mlflow_makes_its_tables_leaves_no_half_database(tmp_path: Path) -> None:
+    database = tmp_path / "mlflow.db"
+    make = f"from hqlt_orchestration.mirror import _make_database; _make_database(Path({str(database)!r}), Path('a'))"
+    maker = subprocess.Popen([sys.executable, "-c", f"from pathlib import Path; {make}"], stderr=subprocess.DEVNULL)
+    while not any(path.stat().st_size for path in tmp_path.rglob("mlflow.db")):
+        assert maker.poll() is None
+        time.sleep(0.005)
+    maker.kill()
+    maker.wait()
+    assert not database.exists()
+    assert Mirror(f"sqlite:///{database}", tmp_path, "study").is_new
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
