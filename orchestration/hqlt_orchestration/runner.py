@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import TYPE_CHECKING, Literal, assert_never
 
@@ -95,6 +95,8 @@ class _Running:
 
     trial: TrialRow
     step: int = 0
+    measured: set[int] = field(default_factory=set)
+    """The steps whose metrics have been told."""
     cancelled: bool = False
     hung: str | None = None
     """What is wrong with it, if its process has been ended because it stood still."""
@@ -434,6 +436,7 @@ class Driver:
         match event:
             case Measured(key, step, metrics, unix_ms):
                 self._running[key].step = step
+                self._running[key].measured.add(step)
                 self._put_metrics(key, step, metrics, unix_ms=unix_ms)
             case Moved(key, step, n_signs, slowest_s):
                 self._running[key].step = step
@@ -498,6 +501,9 @@ class Driver:
             self._view.say(f"trial {key.number}: {result.message or result.reason}: marked failed, {goes_on}")
         if spared := spared_memory(result):
             self._view.say(f"trial {key.number}, seed {key.seed}: {spared}")
+        for point in result.curve:  # a worker goes on for a while after its driver was killed, and nobody hears of it
+            if point.step not in running.measured:
+                self._put_metrics(key, point.step, point.metrics)
         self._put_metrics(key, result.step, told.final_metrics(result))
         if self._phase == "replicate" or state in FINISHED:
             self._trial_ended(running.trial, state, outcome)

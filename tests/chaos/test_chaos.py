@@ -4,10 +4,12 @@ import os
 import time
 from pathlib import Path
 
+import pytest
 from chaos import Plan, table, unbroken, under_fire
 from faults import FAULTS
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's own
 def test_a_minute_of_random_faults_changes_nothing_in_what_a_study_finds(tmp_path: Path) -> None:
     is_root = os.getuid() == 0
     plan = Plan(

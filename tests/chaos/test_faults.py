@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 from hqlt_orchestration.drivers import DriverWatch
 from hqlt_orchestration.executor import AttemptKey
-from hqlt_orchestration.invariants import invariants
+from hqlt_orchestration.invariants import invariants, mirror_violations
 from hqlt_search_space.trial import Trial
 from hqlt_trainer.run import run_trial
 from lab import Command, Lab, locked, study_text, wait_until
 
 MakeLab = Callable[..., Lab]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's own
 STEPS = 400  # four seconds of an idle core
 PATIENCE_S = 300.0  # for a machine that does ten other things
 
@@ -43,6 +44,7 @@ def assert_sound_and_complete(lab: Lab, *, within_s: float = 15.0) -> None:
     """The study is what it would have been without a fault: to the bit, and nothing is left of what ran it."""
     assert lab.orphans(within_s) == []
     assert invariants(lab.store, lab.name) == []
+    assert mirror_violations(lab.store, lab.name) == []
     row = lab.ledger.study(lab.name)
     assert lab.ledger.counts(lab.name)["complete"] == row.budget
     alone = lab.folder / "alone"
