@@ -357,8 +357,12 @@ def test_no_point_is_lost_or_doubled_while_a_server_hangs_fails_and_dies(
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of MLflow's own queries
 def test_a_process_killed_while_mlflow_makes_its_tables_leaves_no_half_database(tmp_path: Path) -> None:
     database = tmp_path / "mlflow.db"
-    make = f"from hqlt_orchestration.mirror import _make_database; _make_database(Path({str(database)!r}), Path('a'))"
-    maker = subprocess.Popen([sys.executable, "-c", f"from pathlib import Path; {make}"], stderr=subprocess.DEVNULL)
+    make = f"""
+from pathlib import Path
+from hqlt_orchestration.mirror import _make_database
+_make_database(Path({str(database)!r}), Path("artifacts"))
+"""
+    maker = subprocess.Popen([sys.executable, "-c", make], stderr=subprocess.DEVNULL)
     while not any(path.stat().st_size for path in tmp_path.rglob("mlflow.db")):
         assert maker.poll() is None
         time.sleep(0.005)
