@@ -44,16 +44,18 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# One thread: the tests' tensors are small, and two threads on two cores make them several times slower.
+# One thread each: the tests' tensors are small, and two threads on two cores make them several times slower. Two
+# processes, no more: some tests start a Ray, a PostgreSQL or an MLflow of their own.
+TEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 # pytest's exit code 5 (no test was collected) fails like any other.
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow'
+	$(TEST) -m 'not slow'
 
 # The slow ones too, and 20 times one fault of every row of the fault matrix (tests/chaos).
 test-full: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest
+	$(TEST)
 	for round in $$(seq 20); do \
-		OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/chaos/test_faults.py || exit; done
+		$(TEST) -q tests/chaos/test_faults.py || exit; done
 
 # A study of 40 trials under random faults for half an hour, and the same study without: SECONDS=300 SEED=7 for another.
 chaos: $(VENV)/.installed-test
@@ -73,7 +75,7 @@ test-gpu: $(VENV)/.installed-test
 	@$(foreach part,$(or $(PART),$(GPU_PARTS)),echo 'part $(part)'; $(BIN)/python -m pytest $(TESTS_OF_$(part)) || exit;)
 
 bench: install
-	$(BIN)/python -m hqlt_orchestration.bench
+	$(BIN)/python -m hqlt_orchestration.commands.bench
 
 bench-kernels: install
 	$(BIN)/python -m hqlt_kernels.bench

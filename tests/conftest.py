@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def ray() -> Iterator[None]:
     """One Ray for all tests that need it: it takes seconds to start. Executors find it running and leave it alone."""
-    from hqlt_orchestration.executor import start_ray
+    from hqlt_orchestration.driving.ray_pool import start_ray
 
     folder = start_ray(2, None)  # before anything imports ray, which then reads its settings
     import ray

@@ -66,13 +66,13 @@ def run(
 ) -> None:
     """Start the study in FILE, or join it, or continue it."""
     if dry_run:
-        from hqlt_orchestration.plan import print_plan
-        from hqlt_orchestration.store import Store
+        from hqlt_orchestration.commands.plan import print_plan
+        from hqlt_orchestration.records.store import Store
 
         print_plan(file, Store(data, store))
         return
-    from hqlt_orchestration.store import Store
-    from hqlt_orchestration.studies import Machine, run
+    from hqlt_orchestration.commands.studies import Machine, run
+    from hqlt_orchestration.records.store import Store
 
     raise typer.Exit(run(file, Store(data, store, mlflow), Machine(executor, ray_address)))
 
@@ -87,8 +87,8 @@ def resume(
     executor: ExecutorName = "ray",
 ) -> None:
     """Continue a study after any kind of stop. Finished trials are not repeated."""
-    from hqlt_orchestration.store import Store
-    from hqlt_orchestration.studies import Machine, resume
+    from hqlt_orchestration.commands.studies import Machine, resume
+    from hqlt_orchestration.records.store import Store
 
     raise typer.Exit(resume(name, Store(data, store, mlflow), Machine(executor, ray_address)))
 
@@ -102,8 +102,8 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Again every two seconds.")] = False,
 ) -> None:
     """How a study stands, on one screen."""
-    from hqlt_orchestration.look import status
-    from hqlt_orchestration.store import Store
+    from hqlt_orchestration.commands.look import status
+    from hqlt_orchestration.records.store import Store
 
     status(name, Store(data, store), as_json=as_json, watch=watch)
 
@@ -111,7 +111,7 @@ def status(
 @study.command()
 def validate(file: StudyFile) -> None:
     """Every problem of a study file at once, or the size of its space."""
-    from hqlt_orchestration.plan import validate
+    from hqlt_orchestration.commands.plan import validate
 
     validate(file)
 
@@ -119,8 +119,8 @@ def validate(file: StudyFile) -> None:
 @study.command("list")
 def list_studies(data: Data = DEFAULT_DATA, store: Database = None) -> None:
     """Every study in the store."""
-    from hqlt_orchestration.look import list_studies
-    from hqlt_orchestration.store import Store
+    from hqlt_orchestration.commands.look import list_studies
+    from hqlt_orchestration.records.store import Store
 
     list_studies(Store(data, store))
 
@@ -133,8 +133,8 @@ def extend(
     store: Database = None,
 ) -> None:
     """Give a study more trials."""
-    from hqlt_orchestration.store import Store
-    from hqlt_orchestration.studies import extend
+    from hqlt_orchestration.commands.studies import extend
+    from hqlt_orchestration.records.store import Store
 
     extend(name, trials, Store(data, store))
 
@@ -142,8 +142,8 @@ def extend(
 @study.command()
 def cancel(trial: TrialName, data: Data = DEFAULT_DATA, store: Database = None) -> None:
     """Stop a trial, for good."""
-    from hqlt_orchestration.store import Store
-    from hqlt_orchestration.studies import cancel
+    from hqlt_orchestration.commands.studies import cancel
+    from hqlt_orchestration.records.store import Store
 
     cancel(trial, Store(data, store))
 
@@ -157,8 +157,8 @@ def delete(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Remove a study with its results and checkpoints."""
-    from hqlt_orchestration.store import Store
-    from hqlt_orchestration.studies import delete
+    from hqlt_orchestration.commands.studies import delete
+    from hqlt_orchestration.records.store import Store
 
     if not yes:
         typer.confirm(f"Remove the study {name} and everything it made?", abort=True, err=True)
@@ -168,8 +168,8 @@ def delete(
 @study.command()
 def gc(name: Name, data: Data = DEFAULT_DATA, store: Database = None) -> None:
     """Remove checkpoints of trials that are not on the front."""
-    from hqlt_orchestration.store import Store
-    from hqlt_orchestration.studies import free
+    from hqlt_orchestration.commands.studies import free
+    from hqlt_orchestration.records.store import Store
 
     free(name, Store(data, store))
 
@@ -177,8 +177,8 @@ def gc(name: Name, data: Data = DEFAULT_DATA, store: Database = None) -> None:
 @app.command()
 def cost(file: StudyFile, data: Data = DEFAULT_DATA, store: Database = None) -> None:
     """Parameters, FLOPs, memory and hours of a study, before it runs."""
-    from hqlt_orchestration.plan import print_cost
-    from hqlt_orchestration.store import Store
+    from hqlt_orchestration.commands.plan import print_cost
+    from hqlt_orchestration.records.store import Store
 
     print_cost(file, Store(data, store))
 
@@ -191,8 +191,8 @@ def pareto(
     store: Database = None,
 ) -> None:
     """The front of a study, printed or written to a file."""
-    from hqlt_orchestration.look import pareto
-    from hqlt_orchestration.store import Store
+    from hqlt_orchestration.commands.look import pareto
+    from hqlt_orchestration.records.store import Store
 
     pareto(name, out, Store(data, store))
 
@@ -206,8 +206,8 @@ def ablation(
     store: Database = None,
 ) -> None:
     """The table of an ablation, printed or written to a file."""
-    from hqlt_orchestration.look import ablation
-    from hqlt_orchestration.store import Store
+    from hqlt_orchestration.commands.look import ablation
+    from hqlt_orchestration.records.store import Store
 
     ablation(name, out, metric, Store(data, store))
 
@@ -226,8 +226,8 @@ def rerun(
     as_json: Json = False,
 ) -> None:
     """Run a stored trial again and compare to the bit, or run a variation of it."""
-    from hqlt_orchestration.rerun import rerun
-    from hqlt_orchestration.store import Store
+    from hqlt_orchestration.commands.rerun import rerun
+    from hqlt_orchestration.records.store import Store
 
     raise typer.Exit(
         rerun(trial, Store(data, store, mlflow), seed=seed, steps=steps, settings=settings or [], as_json=as_json)
@@ -242,8 +242,8 @@ def ui(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
 ) -> None:
     """MLflow's pages on the recorded studies, for this machine only."""
-    from hqlt_orchestration.store import Store
-    from hqlt_orchestration.ui import serve
+    from hqlt_orchestration.commands.ui import serve
+    from hqlt_orchestration.records.store import Store
 
     serve(Store(data, store, mlflow), port)
 
@@ -257,8 +257,8 @@ def logs(
     store: Database = None,
 ) -> None:
     """What a trial printed."""
-    from hqlt_orchestration.look import logs
-    from hqlt_orchestration.store import Store
+    from hqlt_orchestration.commands.look import logs
+    from hqlt_orchestration.records.store import Store
 
     logs(trial, Store(data, store), seed=seed, follow=follow)
 
@@ -272,8 +272,8 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """What is installed, which backends run here and why, and whether the store is sound."""
-    from hqlt_orchestration.doctor import doctor
-    from hqlt_orchestration.store import Store
+    from hqlt_orchestration.commands.doctor import doctor
+    from hqlt_orchestration.records.store import Store
 
     raise typer.Exit(doctor(Store(data, store, mlflow), study, as_json=as_json))
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch  # noqa: F401  loaded late, after many other libraries, its own have failed to load
 from faults import FAULTS, Blow, Scene
-from hqlt_orchestration.invariants import invariants, mirror_violations
-from hqlt_orchestration.ledger import Ledger
+from hqlt_orchestration.commands.invariants import invariants, mirror_violations
+from hqlt_orchestration.records.ledger import Ledger
 from hqlt_search_space.errors import HqltError
 from lab import Lab, study_text, wait_until
 from sqlalchemy.exc import SQLAlchemyError

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import psutil
-from hqlt_orchestration.executor import AttemptKey
-from hqlt_orchestration.spool import unshipped_bytes
+from hqlt_orchestration.records.attempts import AttemptKey
+from hqlt_orchestration.tracking.spool import unshipped_bytes
 from lab import Command, Held, Lab, locked
 
 WRITE_WATCH_S = 33.0  # a trial saves every 30 s
@@ -148,7 +148,7 @@ def kill_mlflow(scene: Scene) -> Blow | None:
         return Blow(6, f"SIGKILL MLflow for {seconds:.0f} s", (), server.start, seconds, all_shipped)
     for process in scene.lab.processes():
         with contextlib.suppress(psutil.Error):
-            if "hqlt_orchestration.tracking" in process.cmdline():
+            if "hqlt_orchestration.tracking.writer" in process.cmdline():
                 process.kill()
                 return Blow(6, "SIGKILL the process that ships to MLflow", is_over=all_shipped)
     return None

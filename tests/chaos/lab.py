@@ -25,10 +25,10 @@ from typing import Any
 
 import psutil
 import sqlalchemy as sa
-from hqlt_orchestration.executor import AttemptKey
-from hqlt_orchestration.ledger import Ledger
-from hqlt_orchestration.store import Store
-from hqlt_orchestration.tables import ATTEMPTS, DRIVERS, FINISHED
+from hqlt_orchestration.records.attempts import AttemptKey
+from hqlt_orchestration.records.ledger import Ledger
+from hqlt_orchestration.records.store import Store
+from hqlt_orchestration.records.tables import ATTEMPTS, DRIVERS, FINISHED
 from hqlt_search_space.errors import HqltError
 
 HQLT = Path(sys.executable).parent / "hqlt"

@@ -9,8 +9,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from hqlt_orchestration.spool import Spool, unshipped_bytes
-from hqlt_orchestration.store import Store
+from hqlt_orchestration.records.store import Store
+from hqlt_orchestration.tracking.spool import Spool, unshipped_bytes
 from lab import MlflowServer
 
 N_TRIALS = 4

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hqlt_orchestration.drivers import DriverWatch
-from hqlt_orchestration.executor import AttemptKey
-from hqlt_orchestration.invariants import invariants, mirror_violations
+from hqlt_orchestration.commands.invariants import invariants, mirror_violations
+from hqlt_orchestration.records.attempts import AttemptKey
+from hqlt_orchestration.records.drivers import DriverWatch
 from hqlt_search_space.trial import Trial
 from hqlt_trainer.run import run_trial
 from lab import Command, Lab, locked, study_text, wait_until

@@ -9,23 +9,20 @@ from pathlib import Path
 
 import psutil
 import pytest
-from hqlt_orchestration.executor import (
+from hqlt_orchestration.driving.executor import (
     END,
-    LOG_FILE,
-    AttemptKey,
     Crashed,
     Event,
     Executor,
     Finished,
-    InlineExecutor,
     Job,
     Measured,
     Paused,
-    RayExecutor,
     RungReached,
-    replica_folder,
-    start_ray,
 )
+from hqlt_orchestration.driving.inline import InlineExecutor
+from hqlt_orchestration.driving.ray_pool import RayExecutor, start_ray
+from hqlt_orchestration.records.attempts import LOG_FILE, AttemptKey, replica_folder
 from hqlt_search_space.arch import Arch
 from hqlt_search_space.errors import ResourceError
 from hqlt_search_space.mixers import Attention

@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
-from hqlt_orchestration.drivers import DriverWatch, driver_is_dead
-from hqlt_orchestration.executor import AttemptKey
-from hqlt_orchestration.ledger import Ledger, NewTrial, Refused
-from hqlt_orchestration.tables import StudyRow
+from hqlt_orchestration.records.attempts import AttemptKey
+from hqlt_orchestration.records.drivers import DriverWatch, driver_is_dead
+from hqlt_orchestration.records.ledger import AttemptEnd, Ledger, NewTrial, Refused
+from hqlt_orchestration.records.tables import StudyRow
 from hqlt_search_space.arch import Arch
 from hqlt_search_space.errors import UnknownNameError
 from hqlt_search_space.mixers import Attention
@@ -236,9 +236,17 @@ def test_a_cancelled_trial_ends_at_once_unless_it_runs(ledger: Ledger) -> None:
     assert [replica.state for replica in ledger.replicas("s")] == ["running", "stopped"]
     (driver,) = ledger.drivers("s")
     assert ledger.beat("s", driver.id, {key: 1}) == [key]
-    ledger.end_cancelled("s", key)
+    assert ledger.release("s", key, "paused") == "stopped"
     assert ledger.trial("s", 0).state == "stopped"
     assert ledger.cancel("s", 0) == 0
+
+
+@pytest.mark.parametrize("how", ["crashed", "hung", "paused"])
+def test_what_is_cancelled_is_stopped_however_its_attempt_ends(ledger: Ledger, how: AttemptEnd) -> None:
+    key = claimed(ledger)
+    ledger.cancel("s", 0)
+    assert ledger.release("s", key, how) == "stopped"
+    assert ledger.n_unfinished("s", "search") == 0
 
 
 def test_a_trial_is_found_by_its_id_a_prefix_or_its_number(ledger: Ledger) -> None:

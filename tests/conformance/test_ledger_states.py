@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import sqlalchemy as sa
-from hqlt_orchestration.executor import AttemptKey
-from hqlt_orchestration.ledger import MAX_ATTEMPTS, AttemptEnd, Ledger, NewTrial, Refused
-from hqlt_orchestration.tables import ATTEMPTS, DRIVERS, FINISHED, DriverId, DriverRow, State, StudyRow
+from hqlt_orchestration.records.attempts import AttemptKey
+from hqlt_orchestration.records.ledger import MAX_ATTEMPTS, AttemptEnd, Ledger, NewTrial, Refused
+from hqlt_orchestration.records.tables import ATTEMPTS, DRIVERS, FINISHED, DriverId, DriverRow, State, StudyRow
 from hqlt_search_space.arch import Arch
 from hqlt_search_space.mixers import Attention
 from hqlt_search_space.recipe import Recipe
@@ -127,7 +127,7 @@ class Drivers(RuleBasedStateMachine):
         counted = self._runs(held.key)
         state = self.ledger.release(self.name, held.key, how, "why")
         assert (state is not None) == counted
-        assert state in (None, "paused", "waiting", "quarantined")
+        assert state in (None, "paused", "waiting", "quarantined", "stopped")
 
     @rule(driver=drivers, how=st.sampled_from(CRASHES))
     def try_what_waits_and_crash(self, driver: DriverId, how: AttemptEnd) -> None:
@@ -136,7 +136,9 @@ class Drivers(RuleBasedStateMachine):
         if key is not None:
             before = {(r.number, r.seed): r.crashes for r in self.ledger.replicas(self.name)}[key.number, key.seed]
             state = self.ledger.release(self.name, key, how, "why")
-            assert state == ("quarantined" if before + 1 == MAX_ATTEMPTS else "waiting")
+            assert state == (
+                "quarantined" if before + 1 == MAX_ATTEMPTS else "waiting"
+            )  # what is cancelled waits never
 
     @rule(number=st.integers(0, BUDGET - 1))
     def cancel(self, number: int) -> None:
@@ -144,12 +146,6 @@ class Drivers(RuleBasedStateMachine):
         if replicas:
             unfinished = [replica for replica in replicas if replica.state not in FINISHED]
             assert self.ledger.cancel(self.name, number) == len(unfinished)
-
-    @rule(held=attempts)
-    def end_cancelled(self, held: Held) -> None:
-        """What a driver does whose worker has paused after a cancel, perhaps late."""
-        if {(r.number, r.seed): r.cancelled for r in self.ledger.replicas(self.name)}[held.key.number, held.key.seed]:
-            self.ledger.end_cancelled(self.name, held.key)
 
     @rule(driver=drivers)
     def leave(self, driver: DriverId) -> None:
@@ -192,6 +188,10 @@ class Drivers(RuleBasedStateMachine):
             assert stored == self.accepted.get(place)
             if replica.state in ("complete", "failed"):
                 assert stored is not None
+
+    @invariant()
+    def what_is_cancelled_runs_or_has_ended(self) -> None:
+        assert all(r.state in ("running", *FINISHED) for r in self.ledger.replicas(self.name) if r.cancelled)
 
     @invariant()
     def what_runs_is_held_once_and_what_is_held_runs(self) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hqlt_orchestration.store import Store
+from hqlt_orchestration.records.store import Store
 from hqlt_search_space.study import Study
 from rich.console import Console
 
@@ -86,11 +86,11 @@ Drive = Callable[[Study, Store], str]
 @pytest.fixture
 def drive() -> Drive:
     """What `hqlt study run` does, in this process and without MLflow; returns how it ended."""
-    from hqlt_orchestration.executor import InlineExecutor
-    from hqlt_orchestration.progress import ProgressView
-    from hqlt_orchestration.runner import Driver, Interrupts
-    from hqlt_orchestration.sampler import Proposer
-    from hqlt_orchestration.tables import StudyRow
+    from hqlt_orchestration.driving.inline import InlineExecutor
+    from hqlt_orchestration.driving.progress import ProgressView
+    from hqlt_orchestration.driving.runner import Driver, Interrupts
+    from hqlt_orchestration.driving.sampler import Proposer
+    from hqlt_orchestration.records.tables import StudyRow
 
     def drive(study: Study, store: Store) -> str:
         with closing(store.open()) as ledger, ProgressView(study.name, Console(file=StringIO())) as view:

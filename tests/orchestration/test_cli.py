@@ -135,8 +135,8 @@ def mlflow_runs(database: Path) -> list[tuple[str, str]]:
 @pytest.fixture
 def made(hqlt: Run, tmp_path: Path) -> Run:
     """`hqlt` beside a store that holds the study `nothing`, without results."""
-    from hqlt_orchestration.store import Store
-    from hqlt_orchestration.tables import StudyRow
+    from hqlt_orchestration.records.store import Store
+    from hqlt_orchestration.records.tables import StudyRow
     from hqlt_search_space.study_file import load_study
 
     file = tmp_path / "nothing.yaml"

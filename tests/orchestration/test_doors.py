@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hqlt_orchestration.doors import Door, doors, open_doors_sentence
-from hqlt_orchestration.spool import Spool
-from hqlt_orchestration.store import Store
+from hqlt_orchestration.driving.doors import Door, doors, open_doors_sentence
+from hqlt_orchestration.records.store import Store
+from hqlt_orchestration.tracking.spool import Spool
 
 HQLT = Path(sys.executable).parent / "hqlt"
 STUDY = """\

@@ -1,6 +1,6 @@
 import math
 
-from hqlt_orchestration.early_stopping import goes_on, priority
+from hqlt_orchestration.driving.early_stopping import goes_on, priority
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -2,9 +2,9 @@ from datetime import datetime
 from pathlib import Path
 
 import optuna
-from hqlt_orchestration.history import write_end, write_start
-from hqlt_orchestration.ledger import Ledger
-from hqlt_orchestration.sampler import open_optuna
+from hqlt_orchestration.driving.sampler import open_optuna
+from hqlt_orchestration.records.history import write_end, write_start
+from hqlt_orchestration.records.ledger import Ledger
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 

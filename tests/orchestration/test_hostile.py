@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 from hqlt_orchestration.cli import main
-from hqlt_orchestration.mirror import Mirror
-from hqlt_orchestration.store import Store, masked
-from hqlt_orchestration.studies import Machine, run, with_data
+from hqlt_orchestration.commands.studies import Machine, run, with_data
+from hqlt_orchestration.records.store import Store, masked
+from hqlt_orchestration.tracking.mirror import Mirror
 from hqlt_search_space.errors import HqltError, StoreError
 from hqlt_search_space.study import Name, Study
 from hqlt_search_space.study_file import load_study
@@ -278,7 +278,7 @@ def test_no_password_of_a_url_is_shown(text: str) -> None:
 
 
 def test_the_writer_is_given_no_url_that_others_can_read(tmp_path: Path) -> None:
-    from hqlt_orchestration.spool import Spool
+    from hqlt_orchestration.tracking.spool import Spool
 
     spool = Spool(Store(tmp_path, "postgresql://anna:hidden@127.0.0.1:9/x", "http://anna:hidden@127.0.0.1:9"), "small")
     command = Path(f"/proc/{spool._writer.pid}/cmdline").read_bytes()

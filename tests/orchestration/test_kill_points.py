@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from hqlt_orchestration.invariants import invariants
-from hqlt_orchestration.sampler import Proposer
-from hqlt_orchestration.store import Store
+from hqlt_orchestration.commands.invariants import invariants
+from hqlt_orchestration.driving.sampler import Proposer
+from hqlt_orchestration.records.store import Store
 from hqlt_search_space.study import Study
 
 MakeStudy = Callable[..., Study]

@@ -12,19 +12,20 @@ from pathlib import Path
 
 import psutil
 import pytest
-from hqlt_orchestration.orphans import alone_in, end_dead_sessions, new_session, this_process
+from hqlt_orchestration.driving.orphans import alone_in, end_dead_sessions, new_session
+from hqlt_orchestration.records.processes import this_process
 
 HOLDS = """
 import sys, time
 from pathlib import Path
-from hqlt_orchestration.orphans import alone_in
+from hqlt_orchestration.driving.orphans import alone_in
 with alone_in(Path(sys.argv[1])):
     print("holds it", flush=True)
     time.sleep(600)
 """
 STARTS_A_SESSION = """
 import os, subprocess, sys, time
-from hqlt_orchestration.orphans import SESSION_VARIABLE, new_session
+from hqlt_orchestration.driving.orphans import SESSION_VARIABLE, new_session
 folder = new_session()
 child = subprocess.Popen(["sleep", "600"], env={**os.environ, SESSION_VARIABLE: folder}, start_new_session=True)
 print(folder, child.pid, flush=True)
@@ -67,7 +68,7 @@ def test_a_process_that_has_ended_and_only_waits_to_be_asked_for_its_exit_code_i
 def test_a_stopped_process_that_holds_a_replicas_folder_is_killed_by_the_next_attempt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hqlt_orchestration.orphans.ORPHAN_GRACE_S", 0.2)
+    monkeypatch.setattr("hqlt_orchestration.driving.orphans.ORPHAN_GRACE_S", 0.2)
     with started(HOLDS, str(tmp_path)) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "holds it\n"

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hqlt_orchestration.packing import Need, need_of, place, placed
+from hqlt_orchestration.driving.packing import Need, need_of, place, placed
 from hqlt_search_space.study_file import load_study
 from hqlt_search_space.trial import Config, Environment, ReplicaResult, Runtime, Trial, TrialResult
 from hypothesis import given
@@ -95,8 +95,8 @@ import ray
 folder = tempfile.mkdtemp(prefix="hqlt-")
 ray.init(address="local", num_cpus=4, num_gpus=1, include_dashboard=False, object_store_memory=80 * 2**20,
          _temp_dir=folder, log_to_driver=False, logging_level="ERROR")
-from hqlt_orchestration.executor import RayExecutor
-from hqlt_orchestration.packing import Need
+from hqlt_orchestration.driving.ray_pool import RayExecutor
+from hqlt_orchestration.driving.packing import Need
 executor = RayExecutor(slots=4, cpus=1, gpus=None, need=lambda: Need(5 * 2**30, "5 GiB"))
 deadline = time.monotonic() + 150
 while executor.free() < executor.slots and time.monotonic() < deadline:

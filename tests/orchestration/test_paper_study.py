@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from hqlt_orchestration.cli import main
-from hqlt_orchestration.results import study_results
-from hqlt_orchestration.store import Store
+from hqlt_orchestration.records.results import study_results
+from hqlt_orchestration.records.store import Store
 from hqlt_search_space.study_file import load_study
 from hqlt_search_space.trial import TrialResult
 

@@ -1,7 +1,7 @@
 from io import StringIO
 
 import pytest
-from hqlt_orchestration.progress import Estimate, ProgressView, Standing
+from hqlt_orchestration.driving.progress import Estimate, ProgressView, Standing
 from rich.console import Console
 
 STANDING = Standing("replicate", 3, 16, 2, 1, "normalised validation accuracy", "0.9834", 12, 5400.0)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hqlt_orchestration.doctor import doctor
-from hqlt_orchestration.ledger import NewTrial
-from hqlt_orchestration.spool import Spool, unshipped_bytes
-from hqlt_orchestration.store import Store
+from hqlt_orchestration.commands.doctor import doctor
+from hqlt_orchestration.records.ledger import NewTrial
+from hqlt_orchestration.records.store import Store
+from hqlt_orchestration.tracking.spool import Spool, unshipped_bytes
 from hqlt_search_space.study import Study
 
 MakeStudy = Callable[..., Study]

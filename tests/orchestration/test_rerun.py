@@ -1,7 +1,7 @@
 from typing import Any
 
 import pytest
-from hqlt_orchestration.rerun import differences, environment_differences
+from hqlt_orchestration.commands.rerun import differences, environment_differences
 from hqlt_search_space.arch import Arch
 from hqlt_search_space.mixers import Attention
 from hqlt_search_space.recipe import Recipe

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hqlt_orchestration.room import KEPT, check_room, checkpoint_bytes
-from hqlt_orchestration.store import Store
+from hqlt_orchestration.commands.room import KEPT, check_room, checkpoint_bytes
+from hqlt_orchestration.records.store import Store
 from hqlt_search_space.errors import ResourceError
 from hqlt_search_space.study import Study
 from hqlt_search_space.trial import Trial

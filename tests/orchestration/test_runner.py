@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hqlt_orchestration.executor import AttemptKey, Crashed, Event, Executor, Finished, InlineExecutor, Job, Measured
-from hqlt_orchestration.ledger import Ledger
-from hqlt_orchestration.look import status_text
-from hqlt_orchestration.progress import ProgressView
-from hqlt_orchestration.rerun import rerun
-from hqlt_orchestration.results import study_results
-from hqlt_orchestration.runner import Driver, Ending, Interrupts
-from hqlt_orchestration.sampler import Proposer
-from hqlt_orchestration.store import Store
-from hqlt_orchestration.tables import DriverId, StudyRow
+from hqlt_orchestration.commands.look import status_text
+from hqlt_orchestration.commands.rerun import rerun
+from hqlt_orchestration.driving.executor import Crashed, Event, Executor, Finished, Job, Measured
+from hqlt_orchestration.driving.inline import InlineExecutor
+from hqlt_orchestration.driving.progress import ProgressView
+from hqlt_orchestration.driving.runner import Driver, Ending, Interrupts
+from hqlt_orchestration.driving.sampler import Proposer
+from hqlt_orchestration.records.attempts import AttemptKey
+from hqlt_orchestration.records.ledger import Ledger
+from hqlt_orchestration.records.results import study_results
+from hqlt_orchestration.records.store import Store
+from hqlt_orchestration.records.tables import DriverId, StudyRow
 from hqlt_search_space.study import Study
 from rich.console import Console
 
@@ -233,7 +235,7 @@ def test_seeds_that_train_together_end_alike_however_they_are_interrupted(
 def test_a_seed_that_trained_in_a_stack_is_rerun_in_it(
     make_training: MakeStudy, store: Store, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hqlt_orchestration.rerun._mirror", lambda *_: None)  # MLflow takes seconds to load
+    monkeypatch.setattr("hqlt_orchestration.commands.rerun._mirror", lambda *_: None)  # MLflow takes seconds to load
     ablation = {"baseline": {"rule": "delta"}, "vary": {"window": [4]}, "seeds": [0, 1]}
     assert (
         drive(make_training(steps=6, search=None, budget={}, ablation=ablation), store, Watched(unchanged))
@@ -249,7 +251,7 @@ def test_a_seed_that_trained_in_a_stack_is_rerun_in_it(
 def test_a_trial_cancelled_while_it_runs_ends_without_a_result(
     make_training: MakeStudy, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hqlt_orchestration.runner.BEAT_S", 0.0)
+    monkeypatch.setattr("hqlt_orchestration.driving.runner.BEAT_S", 0.0)
     study = make_training(steps=5000, trials=2)
 
     def see(event: Event) -> Event:
@@ -308,7 +310,7 @@ def test_a_trial_ended_for_want_of_memory_is_tried_again_with_half_the_rows_and_
 def test_a_driver_that_was_given_up_goes_on_as_a_new_one(
     make_training: MakeStudy, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hqlt_orchestration.runner.BEAT_S", 0.0)
+    monkeypatch.setattr("hqlt_orchestration.driving.runner.BEAT_S", 0.0)
     given_up: list[DriverId] = []
 
     def see(event: Event) -> Event:

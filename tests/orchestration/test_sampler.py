@@ -3,10 +3,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from hqlt_orchestration.ledger import Ledger, NewTrial
-from hqlt_orchestration.sampler import Exhausted, Proposal, Proposer, seed_of
-from hqlt_orchestration.store import Store
-from hqlt_orchestration.tables import StudyRow
+from hqlt_orchestration.driving.sampler import Exhausted, Proposal, Proposer, seed_of
+from hqlt_orchestration.records.ledger import Ledger, NewTrial
+from hqlt_orchestration.records.store import Store
+from hqlt_orchestration.records.tables import StudyRow
 from hqlt_search_space.study import Study
 
 SAMPLERS = ("random", "tpe", "nsga2", "nsga3", "gp")

@@ -10,8 +10,8 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from hqlt_orchestration.store import Store
-from hqlt_orchestration.tables import AttemptRow
+from hqlt_orchestration.records.store import Store
+from hqlt_orchestration.records.tables import AttemptRow
 from hqlt_trainer.checkpoint import latest_checkpoint
 
 STUDY = """

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
-from hqlt_orchestration import told
-from hqlt_orchestration.invariants import mirror_violations
-from hqlt_orchestration.mirror import Mirror
-from hqlt_orchestration.spool import Spool, read_position, unshipped_bytes, write_position
-from hqlt_orchestration.store import Store
-from hqlt_orchestration.studies import Machine, run
-from hqlt_orchestration.tracking import catch_up, ship
+from hqlt_orchestration.commands.invariants import mirror_violations
+from hqlt_orchestration.commands.studies import Machine, run
+from hqlt_orchestration.records.store import Store
+from hqlt_orchestration.tracking import told
+from hqlt_orchestration.tracking.mirror import Mirror
+from hqlt_orchestration.tracking.spool import Spool, read_position, unshipped_bytes, write_position
+from hqlt_orchestration.tracking.writer import catch_up, ship
 from hqlt_search_space.study import Study
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -359,7 +359,7 @@ def test_a_process_killed_while_mlflow_makes_its_tables_leaves_no_half_database(
     database = tmp_path / "mlflow.db"
     make = f"""
 from pathlib import Path
-from hqlt_orchestration.mirror import _make_database
+from hqlt_orchestration.tracking.mirror import _make_database
 _make_database(Path({str(database)!r}), Path("artifacts"))
 """
     maker = subprocess.Popen([sys.executable, "-c", make], stderr=subprocess.DEVNULL)

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hqlt_orchestration.executor import AttemptKey
-from hqlt_orchestration.invariants import invariants
-from hqlt_orchestration.ledger import NewTrial, Refused
-from hqlt_orchestration.sampler import Proposer
-from hqlt_orchestration.store import Store
-from hqlt_orchestration.tables import StudyRow
+from hqlt_orchestration.commands.invariants import invariants
+from hqlt_orchestration.driving.sampler import Proposer
+from hqlt_orchestration.records.attempts import AttemptKey
+from hqlt_orchestration.records.ledger import NewTrial, Refused
+from hqlt_orchestration.records.store import Store
+from hqlt_orchestration.records.tables import StudyRow
 from hqlt_search_space.study import Study
 from hqlt_search_space.trial import Environment, ReplicaResult, Trial, TrialResult
 

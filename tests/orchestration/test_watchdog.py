@@ -9,14 +9,16 @@ from io import StringIO
 
 import psutil
 import pytest
-from hqlt_orchestration.executor import AttemptKey, Event, Measured, Moved, RayExecutor, replica_folder
-from hqlt_orchestration.ledger import Ledger
-from hqlt_orchestration.progress import ProgressView
-from hqlt_orchestration.runner import Driver, Ending, Interrupts
-from hqlt_orchestration.sampler import Proposer
-from hqlt_orchestration.store import Store
-from hqlt_orchestration.tables import AttemptRow, StudyRow
-from hqlt_orchestration.watchdog import Watchdog
+from hqlt_orchestration.driving.executor import Event, Measured, Moved
+from hqlt_orchestration.driving.progress import ProgressView
+from hqlt_orchestration.driving.ray_pool import RayExecutor
+from hqlt_orchestration.driving.runner import Driver, Ending, Interrupts
+from hqlt_orchestration.driving.sampler import Proposer
+from hqlt_orchestration.driving.watchdog import Watchdog
+from hqlt_orchestration.records.attempts import AttemptKey, replica_folder
+from hqlt_orchestration.records.ledger import Ledger
+from hqlt_orchestration.records.store import Store
+from hqlt_orchestration.records.tables import AttemptRow, StudyRow
 from hqlt_search_space.errors import TrialFailedError
 from hqlt_search_space.study import Study
 from rich.console import Console
@@ -172,7 +174,7 @@ def test_a_process_that_answers_but_makes_no_step_is_ended_too(
 def test_a_thread_that_stands_still_ends_the_command_and_is_quarantined_after_the_second_time(
     make_training: MakeStudy, drive: Drive, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hqlt_orchestration.executor.PAUSE_GRACE_S", 0.1)  # nobody waits for the thread
+    monkeypatch.setattr("hqlt_orchestration.driving.executor.PAUSE_GRACE_S", 0.1)  # nobody waits for the thread
     folder = replica_folder(store.trial_folder("small", 0), 0)
     folder.mkdir(parents=True)
     study = make_training(steps=20, trials=2, sampler="random", resources={"gpu": 0, "hang_after_s": 1})

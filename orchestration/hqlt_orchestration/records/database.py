@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from hqlt_search_space.errors import StoreError
 from sqlalchemy.exc import DBAPIError, OperationalError
 
-from hqlt_orchestration.store import masked
+from hqlt_orchestration.records.store import masked
 
 BUSY_TIMEOUT_S = 30.0
 OUTAGE_S = 120.0  # how long a PostgreSQL that has answered before is waited for when it does not

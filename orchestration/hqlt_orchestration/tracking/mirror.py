@@ -22,7 +22,7 @@ from typing import Any
 
 from hqlt_search_space.errors import StoreError
 
-from hqlt_orchestration.told import Ended, Record
+from hqlt_orchestration.tracking.told import Ended, Record
 
 BATCH_METRICS = 800  # MLflow's own limits for one request: 1000 in all, 100 parameters, 100 tags
 BATCH_PARAMS = 100

@@ -13,11 +13,11 @@ import sqlalchemy as sa
 from hqlt_search_space.errors import CheckpointError
 from hqlt_search_space.study import Study
 
-from hqlt_orchestration.database import shown
-from hqlt_orchestration.drivers import DriverWatch
-from hqlt_orchestration.ledger import SUM_ORDER, Ledger
-from hqlt_orchestration.store import Store
-from hqlt_orchestration.tables import ATTEMPTS, DRIVERS, FINISHED, ReplicaRow, State
+from hqlt_orchestration.records.database import shown
+from hqlt_orchestration.records.drivers import DriverWatch
+from hqlt_orchestration.records.ledger import SUM_ORDER, Ledger
+from hqlt_orchestration.records.store import Store
+from hqlt_orchestration.records.tables import ATTEMPTS, DRIVERS, FINISHED, ReplicaRow, State
 
 WITH_RESULT: tuple[State, ...] = ("complete", "stopped", "failed")
 
@@ -130,8 +130,8 @@ def history_violations(ledger: Ledger, name: str) -> Iterator[str]:
     """Optuna has each trial of a search once, ended exactly if it has ended here, with the objectives it has here."""
     from optuna.trial import TrialState
 
-    from hqlt_orchestration.results import study_results
-    from hqlt_orchestration.sampler import stored_history
+    from hqlt_orchestration.driving.sampler import stored_history
+    from hqlt_orchestration.records.results import study_results
 
     study = Study.from_json(ledger.study(name).study)
     if study.search is None:

@@ -3,8 +3,8 @@
 import time
 from collections.abc import Callable, Iterable
 
-from hqlt_orchestration.orphans import ProcessIdentity
-from hqlt_orchestration.tables import DriverId, DriverRow
+from hqlt_orchestration.records.processes import ProcessIdentity
+from hqlt_orchestration.records.tables import DriverId, DriverRow
 
 STALE_DRIVER_S = 60.0  # twelve missed beats: what a driver may miss before its trials are given away
 _LONGEST_GAP_S = 10.0  # between two looks; more means that we stood still ourselves, or the database did for all

@@ -31,9 +31,9 @@ from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from hqlt_orchestration.database import configure_sqlite, patiently, store_errors
-from hqlt_orchestration.history import engine_options, find_start, write_end, write_start
-from hqlt_orchestration.ledger import Ledger
+from hqlt_orchestration.records.database import configure_sqlite, patiently, store_errors
+from hqlt_orchestration.records.history import engine_options, find_start, write_end, write_start
+from hqlt_orchestration.records.ledger import Ledger
 
 REASKS = 200  # suggestions of the study's own sampler for one trial, then
 RANDOM_REASKS = 2000  # uniform ones, which a sampler that has narrowed in cannot starve

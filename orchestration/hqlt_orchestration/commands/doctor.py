@@ -13,10 +13,10 @@ from typing import Any
 import psutil
 from hqlt_search_space.errors import HqltError
 
-from hqlt_orchestration.database import shown
-from hqlt_orchestration.invariants import database_violations, invariants
-from hqlt_orchestration.repair import repair
-from hqlt_orchestration.store import Store
+from hqlt_orchestration.commands.invariants import database_violations, invariants
+from hqlt_orchestration.commands.repair import repair
+from hqlt_orchestration.records.database import shown
+from hqlt_orchestration.records.store import Store
 
 PACKAGES = ("hqlt", "torch", "numpy", "optuna", "ray", "mlflow", "sqlalchemy", "pydantic", "triton", "flash-attn-4")
 
@@ -79,7 +79,7 @@ def _backends() -> list[dict[str, str]]:
 
 
 def _stores(store: Store) -> Iterator[dict[str, Any]]:
-    from hqlt_orchestration.spool import unshipped_bytes
+    from hqlt_orchestration.tracking.spool import unshipped_bytes
 
     if store.database is None and not (store.data / "hqlt.db").exists():
         return

@@ -25,10 +25,17 @@ import sqlalchemy as sa
 from hqlt_search_space.errors import StoreError, UnknownNameError
 from hqlt_search_space.trial import Config, ReplicaResult, TrialResult
 
-from hqlt_orchestration.database import make_engine, patiently, refuse_foreign_code, schema_lock, shown, store_errors
-from hqlt_orchestration.executor import AttemptKey
-from hqlt_orchestration.orphans import this_process
-from hqlt_orchestration.tables import (
+from hqlt_orchestration.records.attempts import AttemptKey
+from hqlt_orchestration.records.database import (
+    make_engine,
+    patiently,
+    refuse_foreign_code,
+    schema_lock,
+    shown,
+    store_errors,
+)
+from hqlt_orchestration.records.processes import this_process
+from hqlt_orchestration.records.tables import (
     ATTEMPTS,
     DRIVERS,
     FINISHED,
@@ -381,7 +388,10 @@ class Ledger:
             return sum_up(tx, study, lease.number)
 
     def release(self, study: str, lease: AttemptKey, how: AttemptEnd, message: str | None = None) -> State | None:
-        """End an attempt without a result. Returns the state of its replica, or None if the attempt had ended."""
+        """End an attempt without a result. Returns the state of its replica, or None if the attempt had ended.
+
+        A replica whose end a user has asked for is `stopped`, however its attempt ends.
+        """
         with self.write() as tx:
             row = tx.execute(sa.select(ATTEMPTS.c.state).where(_is(ATTEMPTS, study, lease))).one_or_none()
             if row is None or row.state != "running":
@@ -403,21 +413,6 @@ class Ledger:
             tx.execute(REPLICAS.update().where(unfinished, REPLICAS.c.state != "running").values(state="stopped"))
             sum_up(tx, study, number)
         return asked
-
-    def end_cancelled(self, study: str, lease: AttemptKey) -> None:
-        """End an attempt that its user has cancelled: the replica is stopped, without a result."""
-        with self.write() as tx:
-            tx.execute(
-                ATTEMPTS.update()
-                .where(_is(ATTEMPTS, study, lease), ATTEMPTS.c.state == "running")
-                .values(state="paused", ended_at=time.time(), message="cancelled")
-            )
-            tx.execute(
-                REPLICAS.update()
-                .where(_is_replica(study, lease.number, lease.seed), REPLICAS.c.result.is_(None))
-                .values(state="stopped")
-            )
-            sum_up(tx, study, lease.number)
 
     def trials(self, study: str) -> list[TrialRow]:
         """Every trial in order of number."""
@@ -561,7 +556,7 @@ def spared_memory(result: ReplicaResult) -> str | None:
 
 
 def _create_schema(url: str, engine: sa.Engine) -> None:
-    from hqlt_orchestration.history import create_optuna_tables
+    from hqlt_orchestration.records.history import create_optuna_tables
 
     create_optuna_tables(url)  # first, because our version row says that all tables are there
     METADATA.create_all(engine)
@@ -630,10 +625,14 @@ def _end_attempt(
         ATTEMPTS.update().where(_is(ATTEMPTS, study, lease)).values(state=how, ended_at=time.time(), message=message)
     )
     where = _is_replica(study, lease.number, lease.seed)
-    crashes: int = tx.execute(
-        REPLICAS.update().where(where).values(crashes=REPLICAS.c.crashes + int(crash)).returning(REPLICAS.c.crashes)
-    ).scalar_one()
-    state = "paused" if how == "paused" else "quarantined" if crashes >= MAX_ATTEMPTS else "waiting"
+    counted = REPLICAS.update().where(where).values(crashes=REPLICAS.c.crashes + int(crash))
+    replica = tx.execute(counted.returning(REPLICAS.c.crashes, REPLICAS.c.cancelled)).one()
+    if replica.cancelled:
+        state = "stopped"
+    elif how == "paused":
+        state = "paused"
+    else:
+        state = "quarantined" if replica.crashes >= MAX_ATTEMPTS else "waiting"
     tx.execute(REPLICAS.update().where(where, REPLICAS.c.result.is_(None)).values(state=state))
     sum_up(tx, study, lease.number)
     return tx.execute(sa.select(REPLICAS.c.state).where(where)).scalar_one()

@@ -7,8 +7,8 @@ from statistics import fmean
 from hqlt_search_space.study import Study
 from hqlt_search_space.trial import ReplicaResult, StudyResults, TrialRecord
 
-from hqlt_orchestration.ledger import Ledger
-from hqlt_orchestration.tables import ReplicaRow, TrialRow
+from hqlt_orchestration.records.ledger import Ledger
+from hqlt_orchestration.records.tables import ReplicaRow, TrialRow
 
 
 def study_results(

@@ -18,20 +18,20 @@ from hqlt_search_space.study import Study
 from hqlt_search_space.tasks import LanguageModelling, Task
 from hqlt_search_space.trial import StudyResults
 
-from hqlt_orchestration.database import shown
-from hqlt_orchestration.doors import doors, open_doors_sentence
-from hqlt_orchestration.ledger import Ledger
-from hqlt_orchestration.packing import Need, need_of
-from hqlt_orchestration.plan import checked_study, some_configs
-from hqlt_orchestration.progress import ProgressView
-from hqlt_orchestration.results import study_results
-from hqlt_orchestration.room import check_room
-from hqlt_orchestration.store import Store
-from hqlt_orchestration.tables import FINISHED, StudyRow
+from hqlt_orchestration.commands.plan import checked_study, some_configs
+from hqlt_orchestration.commands.room import check_room
+from hqlt_orchestration.driving.doors import doors, open_doors_sentence
+from hqlt_orchestration.driving.packing import Need, need_of
+from hqlt_orchestration.driving.progress import ProgressView
+from hqlt_orchestration.records.database import shown
+from hqlt_orchestration.records.ledger import Ledger
+from hqlt_orchestration.records.results import study_results
+from hqlt_orchestration.records.store import Store
+from hqlt_orchestration.records.tables import FINISHED, StudyRow
 
 if TYPE_CHECKING:
-    from hqlt_orchestration.executor import Executor
-    from hqlt_orchestration.spool import Spool
+    from hqlt_orchestration.driving.executor import Executor
+    from hqlt_orchestration.tracking.spool import Spool
 
 ExecutorName = Literal["ray", "inline"]
 
@@ -154,12 +154,12 @@ def _drive(study: Study, store: Store, ledger: Ledger, machine: Machine) -> int:
                 view.say(warning)
             return found
 
-        from hqlt_orchestration.runner import Driver, Interrupts
-        from hqlt_orchestration.spool import Spool
+        from hqlt_orchestration.driving.runner import Driver, Interrupts
+        from hqlt_orchestration.tracking.spool import Spool
 
         proposer = None
         if study.search is not None:
-            from hqlt_orchestration.sampler import Proposer
+            from hqlt_orchestration.driving.sampler import Proposer
 
             proposer = Proposer(study, ledger)
         spool = Spool(store, study.name)
@@ -262,7 +262,7 @@ def _export_front(results: StudyResults, store: Store, spool: "Spool") -> None:
         return
     from hqlt_dashboards.export import export_front
 
-    from hqlt_orchestration.told import phase_ends
+    from hqlt_orchestration.tracking.told import phase_ends
 
     folder = store.study_folder(results.name)
     paths = [folder / "front.csv", folder / "front.html"]
@@ -278,7 +278,8 @@ def make_executor(study: Study, machine: Machine, ledger: Ledger) -> "Executor":
     Raises:
         ResourceError: a GPU is asked for and there is none.
     """
-    from hqlt_orchestration.executor import InlineExecutor, RayExecutor
+    from hqlt_orchestration.driving.inline import InlineExecutor
+    from hqlt_orchestration.driving.ray_pool import RayExecutor
 
     cpus = max(1, int(study.resources.cpu))
     gpus = None if study.resources.gpu == "auto" else study.resources.gpu
@@ -343,9 +344,9 @@ def delete(name: str, store: Store) -> None:
     Raises:
         UsageError: somebody runs it.
     """
-    from hqlt_orchestration.drivers import DriverWatch
-    from hqlt_orchestration.mirror import delete_experiment
-    from hqlt_orchestration.sampler import delete_from_optuna
+    from hqlt_orchestration.driving.sampler import delete_from_optuna
+    from hqlt_orchestration.records.drivers import DriverWatch
+    from hqlt_orchestration.tracking.mirror import delete_experiment
 
     ledger = store.open_existing()
     ledger.study(name)

@@ -11,13 +11,13 @@ from pathlib import Path
 import sqlalchemy as sa
 from hqlt_search_space.study import Study
 
-from hqlt_orchestration.drivers import DriverWatch
-from hqlt_orchestration.ledger import Ledger, sum_up
-from hqlt_orchestration.orphans import end_dead_sessions
-from hqlt_orchestration.results import study_results
-from hqlt_orchestration.spool import Spool, unshipped_bytes
-from hqlt_orchestration.store import Store
-from hqlt_orchestration.tables import ATTEMPTS, FINISHED, REPLICAS, TRIALS
+from hqlt_orchestration.driving.orphans import end_dead_sessions
+from hqlt_orchestration.records.drivers import DriverWatch
+from hqlt_orchestration.records.ledger import Ledger, sum_up
+from hqlt_orchestration.records.results import study_results
+from hqlt_orchestration.records.store import Store
+from hqlt_orchestration.records.tables import ATTEMPTS, FINISHED, REPLICAS, TRIALS
+from hqlt_orchestration.tracking.spool import Spool, unshipped_bytes
 
 DRAIN_S = 60.0  # what MLflow may take for what it still has to be told
 ASIDE = "unknown"  # in the study's folder: what is of no trial of the ledger
@@ -111,7 +111,7 @@ def _mend_replica(tx: sa.Connection, name: str, replica: "sa.Row[object]") -> It
 
 def tell_optuna(ledger: Ledger, study: Study) -> list[str]:
     """The sampling history has every trial, and is told of those that have ended."""
-    from hqlt_orchestration.sampler import Proposer
+    from hqlt_orchestration.driving.sampler import Proposer
 
     proposer, said = Proposer(study, ledger), []
     known = proposer.known()

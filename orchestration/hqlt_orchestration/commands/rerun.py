@@ -18,8 +18,8 @@ from hqlt_search_space.recipe import Recipe
 from hqlt_search_space.study import Study
 from hqlt_search_space.trial import Config, Environment, ReplicaResult, Trial, TrialResult
 
-from hqlt_orchestration.store import Store
-from hqlt_orchestration.tables import ReplicaRow, TrialRow
+from hqlt_orchestration.records.store import Store
+from hqlt_orchestration.records.tables import ReplicaRow, TrialRow
 
 DRAIN_S = 60.0
 SHOWN_DIFFERENCES = 12
@@ -189,8 +189,8 @@ def _run(trial: Trial, folder: Path, seed: int) -> TrialResult:
 
 
 def _mirror(store: Store, study: str, number: int, again: Rerun, folder: Path) -> None:
-    from hqlt_orchestration import told
-    from hqlt_orchestration.spool import Spool
+    from hqlt_orchestration.tracking import told
+    from hqlt_orchestration.tracking.spool import Spool
 
     replica = again.measured.replicas[0]
     spool = Spool(store, study)

@@ -17,10 +17,8 @@ from hqlt_search_space.study import Study
 from hqlt_search_space.trial import ReplicaResult, Runtime, StudyResults, Trial, TrialRecord, TrialResult
 from hqlt_trainer.stacking import stacking
 
-from hqlt_orchestration import early_stopping, told
-from hqlt_orchestration.drivers import DriverWatch
-from hqlt_orchestration.executor import (
-    AttemptKey,
+from hqlt_orchestration.driving import early_stopping
+from hqlt_orchestration.driving.executor import (
     Crashed,
     Event,
     Executor,
@@ -31,16 +29,19 @@ from hqlt_orchestration.executor import (
     Paused,
     RungReached,
 )
-from hqlt_orchestration.ledger import AttemptEnd, Ledger, NewTrial, Refused, spared_memory
-from hqlt_orchestration.progress import Estimate, ProgressView, Standing
-from hqlt_orchestration.results import minimised, objectives_of, trial_record
-from hqlt_orchestration.store import Store
-from hqlt_orchestration.tables import FINISHED, Phase, ReplicaRow, State, TrialRow
-from hqlt_orchestration.watchdog import Watchdog
+from hqlt_orchestration.driving.progress import Estimate, ProgressView, Standing
+from hqlt_orchestration.driving.watchdog import Watchdog
+from hqlt_orchestration.records.attempts import AttemptKey
+from hqlt_orchestration.records.drivers import DriverWatch
+from hqlt_orchestration.records.ledger import AttemptEnd, Ledger, NewTrial, Refused, spared_memory
+from hqlt_orchestration.records.results import minimised, objectives_of, trial_record
+from hqlt_orchestration.records.store import Store
+from hqlt_orchestration.records.tables import FINISHED, Phase, ReplicaRow, State, TrialRow
+from hqlt_orchestration.tracking import told
 
 if TYPE_CHECKING:
-    from hqlt_orchestration.sampler import Proposer
-    from hqlt_orchestration.spool import Spool
+    from hqlt_orchestration.driving.sampler import Proposer
+    from hqlt_orchestration.tracking.spool import Spool
 
 BEAT_S = 5.0  # between two signs of life; a driver elsewhere is given up after drivers.STALE_DRIVER_S
 POLL_S = 0.5  # the longest that Ctrl-C waits to be noticed
@@ -338,7 +339,7 @@ class Driver:
         return self._propose(self._proposer)
 
     def _propose(self, proposer: "Proposer") -> AttemptKey | None:
-        from hqlt_orchestration.sampler import Exhausted
+        from hqlt_orchestration.driving.sampler import Exhausted
 
         while len(self._taken) < self._budget:
             try:
@@ -447,12 +448,10 @@ class Driver:
                 self._commit(key, outcome)
             case Paused(key):
                 running = self._running.pop(key)
-                if running.cancelled:
-                    self._ledger.end_cancelled(self._name, key)
+                state = self._ledger.release(self._name, key, "paused", "cancelled" if running.cancelled else None)
+                if state == "stopped":
                     self._view.say(f"trial {key.number}, seed {key.seed}: cancelled at step {running.step}")
-                    self._trial_ended(running.trial, "stopped")
-                else:
-                    self._ledger.release(self._name, key, "paused")
+                    self._trial_ended(running.trial, state)
             case Crashed(key, message, out_of_memory):
                 running = self._running.pop(key)
                 how: AttemptEnd = "hung" if running.hung else "out_of_memory" if out_of_memory else "crashed"
@@ -462,7 +461,7 @@ class Driver:
                 if state is not None:
                     self._view.say(f"trial {key.number}, seed {key.seed}: {last}; {_now(state)}")
                 self._some_wait = True
-                if state == "quarantined":
+                if state in ("quarantined", "stopped"):
                     self._trial_ended(running.trial, state)
             case _:
                 assert_never(event)
@@ -619,4 +618,8 @@ class Driver:
 
 def _now(state: State) -> str:
     """What becomes of a replica whose attempt ended without a result."""
-    return {"waiting": "it is tried again", "quarantined": "that was its last try: quarantined"}.get(state, state)
+    return {
+        "waiting": "it is tried again",
+        "quarantined": "that was its last try: quarantined",
+        "stopped": "cancelled",
+    }.get(state, state)

@@ -1,4 +1,4 @@
-"""What the platform costs per trial: `python -m hqlt_orchestration.bench`.
+"""What the platform costs per trial: `python -m hqlt_orchestration.commands.bench`.
 
 A task that does nothing, 100 trials, 2 workers; and the same space, sampler and number of trials under Ray Tune with
 OptunaSearch and `reuse_actors=True`, in the same run on the same Ray. Ours keeps ledger and sampling history on disk
@@ -60,8 +60,8 @@ class Reading:
 
 def ours(folder: Path, n_trials: int) -> Reading:
     """A study run as `hqlt study run` does."""
-    from hqlt_orchestration.store import Store
-    from hqlt_orchestration.studies import Machine, run
+    from hqlt_orchestration.commands.studies import Machine, run
+    from hqlt_orchestration.records.store import Store
 
     file = folder / "nothing.yaml"
     file.write_text(json.dumps(STUDY | {"budget": {"trials": n_trials, "parallel": N_WORKERS}}), encoding="utf-8")
@@ -85,7 +85,7 @@ def ray_tune(folder: Path, n_trials: int, *, on_disk: bool) -> Reading:
     from ray.tune.search import ConcurrencyLimiter
     from ray.tune.search.optuna import OptunaSearch
 
-    from hqlt_orchestration.sampler import distribution
+    from hqlt_orchestration.driving.sampler import distribution
 
     study = Study.model_validate(STUDY | {"budget": {"trials": n_trials}})
     space = {name: distribution(domain) for name, domain in study.domains().items()}
@@ -127,7 +127,7 @@ def main() -> None:
     n_trials: int = parser.parse_args().trials
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    from hqlt_orchestration.executor import start_ray
+    from hqlt_orchestration.driving.ray_pool import start_ray
 
     with tempfile.TemporaryDirectory(prefix="hqlt-bench-") as temporary:
         folder = Path(temporary)

@@ -16,7 +16,7 @@ from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from optuna.trial import TrialState
 
-from hqlt_orchestration.database import BUSY_TIMEOUT_S
+from hqlt_orchestration.records.database import BUSY_TIMEOUT_S
 
 _trials = models.TrialModel.__table__
 _params = models.TrialParamModel.__table__

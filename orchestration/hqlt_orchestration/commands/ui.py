@@ -14,7 +14,7 @@ from typing import Any
 
 from hqlt_search_space.errors import ResourceError, StoreError
 
-from hqlt_orchestration.store import Store, masked
+from hqlt_orchestration.records.store import Store, masked
 
 HOST = "127.0.0.1"
 ENVIRONMENT = {
@@ -120,7 +120,7 @@ def _check_port(port: int) -> None:
 
 def _catch_up(store: Store) -> None:
     """Tell MLflow what it lacks of any study: what waits in spools, and what only the ledger knows."""
-    from hqlt_orchestration.tracking import catch_up
+    from hqlt_orchestration.tracking.writer import catch_up
 
     for folder in sorted(store.data.glob("studies/*/spool")):
         try:

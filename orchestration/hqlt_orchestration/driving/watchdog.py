@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hqlt_orchestration.executor import AttemptKey
+from hqlt_orchestration.records.attempts import AttemptKey
 
 FLOOR_S = 120.0  # a checkpoint on a slow disk, a kernel that is compiled for a new shape
 FACTOR = 10.0  # times the slowest step so far

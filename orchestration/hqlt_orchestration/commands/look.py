@@ -14,12 +14,12 @@ from hqlt_search_space.errors import HqltError, NoResultError, UnknownNameError
 from hqlt_search_space.study import Study
 from hqlt_search_space.trial import StudyResults
 
-from hqlt_orchestration.drivers import DriverWatch
-from hqlt_orchestration.executor import LOG_FILE, replica_folder
-from hqlt_orchestration.ledger import Ledger
-from hqlt_orchestration.results import study_results
-from hqlt_orchestration.store import Store
-from hqlt_orchestration.studies import ablation_texts, metric_of
+from hqlt_orchestration.commands.studies import ablation_texts, metric_of
+from hqlt_orchestration.records.attempts import LOG_FILE, replica_folder
+from hqlt_orchestration.records.drivers import DriverWatch
+from hqlt_orchestration.records.ledger import Ledger
+from hqlt_orchestration.records.results import study_results
+from hqlt_orchestration.records.store import Store
 
 WATCH_EVERY_S = 2.0
 FOLLOW_EVERY_S = 0.3

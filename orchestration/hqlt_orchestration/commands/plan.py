@@ -15,8 +15,8 @@ from hqlt_search_space.study import Study
 from hqlt_search_space.study_file import load_study
 from hqlt_search_space.trial import Config
 
-from hqlt_orchestration.results import study_results
-from hqlt_orchestration.store import Store
+from hqlt_orchestration.records.results import study_results
+from hqlt_orchestration.records.store import Store
 
 N_SAMPLED = 200  # configs whose costs stand for a space that is not listed
 SHOWN = ("parameters", "flops_per_token", "training_flops", "state_bytes", "decode_flops", "training_bytes")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from hqlt_search_space.errors import StoreError
 
 if TYPE_CHECKING:
-    from hqlt_orchestration.ledger import Ledger
+    from hqlt_orchestration.records.ledger import Ledger
 
 _PASSWORDS = re.compile(r"(?<=://)([^\s/:@]*):[^\s/@]*(?=@)|(?<=[?&])(password|sslpassword)=[^\s&]*")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # as the study schema has it
@@ -87,7 +87,7 @@ class Store:
         Raises:
             StoreError: the folder or database cannot be used.
         """
-        from hqlt_orchestration.ledger import Ledger
+        from hqlt_orchestration.records.ledger import Ledger
 
         return Ledger(self.url)
 

@@ -1,4 +1,4 @@
-"""The process that talks to MLflow: `python -m hqlt_orchestration.tracking`, one for each study that runs.
+"""The process that talks to MLflow: `python -m hqlt_orchestration.tracking.writer`, one for each study that runs.
 
 MLflow is a mirror, not the memory. Drivers append records to spools and never wait; this process ships them in batches,
 at a low priority. If MLflow is down, hangs or answers nonsense, or this process is killed, the records stay where they
@@ -19,10 +19,10 @@ from pathlib import Path
 
 from hqlt_search_space.errors import HqltError
 
-from hqlt_orchestration.mirror import KINDS, Mirror, is_refusal, knock
-from hqlt_orchestration.spool import position_file, read_position, write_position
-from hqlt_orchestration.store import Store, masked
-from hqlt_orchestration.told import Record
+from hqlt_orchestration.records.store import Store, masked
+from hqlt_orchestration.tracking.mirror import KINDS, Mirror, is_refusal, knock
+from hqlt_orchestration.tracking.spool import position_file, read_position, write_position
+from hqlt_orchestration.tracking.told import Record
 
 RETRY_S = 2.0  # between two tries to reach MLflow
 IDLE_S = 0.5  # between two looks at the spool: what the pages of a running study lag behind
@@ -131,8 +131,8 @@ def _tell_missing(store: Store, study: str, mirror: Mirror) -> None:
     """Tell MLflow what the ledger has and MLflow lacks, unless a driver lives whose spool is elsewhere: what that has
     not told yet, it will tell itself.
     """
-    from hqlt_orchestration.drivers import DriverWatch
-    from hqlt_orchestration.told import everything_ended
+    from hqlt_orchestration.records.drivers import DriverWatch
+    from hqlt_orchestration.tracking.told import everything_ended
 
     if store.database is None and not (store.data / "hqlt.db").exists():  # the ledger is elsewhere
         return

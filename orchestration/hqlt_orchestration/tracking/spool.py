@@ -13,8 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from hqlt_orchestration.store import Store
-from hqlt_orchestration.told import Record
+from hqlt_orchestration.records.store import Store
+from hqlt_orchestration.tracking.told import Record
 
 LATE_BYTES = 64 * 1024**2  # what is remembered while the disk is full
 WRITER_LOOK_S = 5.0  # between two looks whether the writer lives
@@ -89,7 +89,7 @@ def start_writer(store: Store, study: str) -> "subprocess.Popen[bytes]":
     folder = store.spool_folder(study)
     with (folder / "writer.log").open("ab") as log:
         return subprocess.Popen(  # noqa: S603  our own interpreter and module
-            [sys.executable, "-m", "hqlt_orchestration.tracking", study, "--data", str(store.data.resolve())],
+            [sys.executable, "-m", "hqlt_orchestration.tracking.writer", study, "--data", str(store.data.resolve())],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,

@@ -15,11 +15,11 @@ from hqlt_dashboards.words import describe
 from hqlt_search_space.study import Study
 from hqlt_search_space.trial import ReplicaResult, Trial, TrialRecord
 
-from hqlt_orchestration.executor import LOG_FILE, replica_folder
-from hqlt_orchestration.ledger import Ledger
-from hqlt_orchestration.results import minimised, study_results, trial_record
-from hqlt_orchestration.store import Store
-from hqlt_orchestration.tables import FINISHED, AttemptRow, ReplicaRow, State, StudyRow, TrialRow
+from hqlt_orchestration.records.attempts import LOG_FILE, replica_folder
+from hqlt_orchestration.records.ledger import Ledger
+from hqlt_orchestration.records.results import minimised, study_results, trial_record
+from hqlt_orchestration.records.store import Store
+from hqlt_orchestration.records.tables import FINISHED, AttemptRow, ReplicaRow, State, StudyRow, TrialRow
 
 Record = dict[str, Any]
 NAME_CHARACTERS = 250  # MLflow's own limit for the name of a run

@@ -8,8 +8,8 @@ from hqlt_search_space.cost import costs
 from hqlt_search_space.errors import ResourceError
 from hqlt_search_space.study import Study
 
-from hqlt_orchestration.plan import some_configs
-from hqlt_orchestration.store import Store
+from hqlt_orchestration.commands.plan import some_configs
+from hqlt_orchestration.records.store import Store
 
 BYTES_A_PARAMETER = 12  # in a checkpoint: the weight and AdamW's two moments, float32
 CHECKPOINT_OVERHEAD_BYTES = 64 * 1024  # states, manifest, headers, blocks that are not full

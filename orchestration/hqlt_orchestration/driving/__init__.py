@@ -1,0 +1,1 @@
+"""The study loop: what is tried next, where it runs, when it ends."""

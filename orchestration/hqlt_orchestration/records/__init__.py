@@ -1,0 +1,1 @@
+"""What is remembered: the ledger, its tables and results, and where everything lies."""
