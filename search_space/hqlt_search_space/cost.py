@@ -68,7 +68,7 @@ def flops_per_token(arch: Arch, vocab: int, context: int) -> float:
 
 
 def decode_flops(arch: Arch, vocab: int, context: int) -> float:
-    """Forward FLOPs of the token at position `context`, with all that came before in the state."""
+    """Forward FLOPs of a token after `context` tokens at most, each layer with the most keys that it sees by then."""
     return _weight_flops(arch, vocab) + sum(
         _memory_flops(layer, arch.d_model, visible_keys(layer, context)) for layer in arch.layers
     )
