@@ -63,14 +63,18 @@ class Scene:
         self.struck |= {_replica(key) for key in keys}
 
 
-def kill_worker(scene: Scene) -> Blow | None:
+def _signal_worker(scene: Scene, row: int, number: signal.Signals) -> Blow | None:
     found = scene.victim()
     if found is None:
         return None
     key, process = found
     scene.spend([key])
-    process.send_signal(signal.SIGKILL)
-    return Blow(1, f"SIGKILL the worker of trial {key.number}", (key,))
+    process.send_signal(number)
+    return Blow(row, f"{number.name} the worker of trial {key.number}", (key,))
+
+
+def kill_worker(scene: Scene) -> Blow | None:
+    return _signal_worker(scene, 1, signal.SIGKILL)
 
 
 def kill_worker_while_it_writes(scene: Scene) -> Blow | None:
@@ -217,13 +221,7 @@ def interrupt_driver(scene: Scene) -> Blow | None:
 
 
 def stop_worker(scene: Scene) -> Blow | None:
-    found = scene.victim()
-    if found is None:
-        return None
-    key, process = found
-    scene.spend([key])
-    process.send_signal(signal.SIGSTOP)
-    return Blow(20, f"SIGSTOP the worker of trial {key.number}", (key,))
+    return _signal_worker(scene, 20, signal.SIGSTOP)
 
 
 FAULTS: dict[int, tuple[str, Callable[[Scene], Blow | None]]] = {

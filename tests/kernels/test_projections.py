@@ -1,6 +1,5 @@
 """Rows and columns moved in one pass: the plain forms are the textbook's, the kernels are the plain forms."""
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -8,10 +7,7 @@ import torch
 from hqlt_kernels.projections import embed, operator, split_projections, take_rows
 from torch import Tensor
 from torch.nn import functional
-from triton_cases import CUDA, DEVICE, assert_as_good_as_torch, pairwise
-
-DTYPES = [torch.float32, torch.bfloat16 if CUDA else torch.float16]  # the interpreter gets bfloat16 wrong
-Parts = Callable[..., tuple[Tensor, ...]]
+from triton_cases import DEVICE, DTYPES, check, pairwise, parameter, random, results
 
 
 @pytest.mark.parametrize("taps", [1, 2, 4])
@@ -36,35 +32,6 @@ def test_a_stack_is_its_replicas_one_after_the_other() -> None:
         torch.testing.assert_close(whole, torch.cat(halves))
     halves = [embed(part, w) for part, w in zip(tokens.chunk(2), weight, strict=True)]
     assert torch.equal(embed(tokens, weight), torch.cat(halves))
-
-
-def results(part: Parts, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Outputs of `part` and its gradients, each output with a weight of its own at every element."""
-    inputs = [x.detach().requires_grad_() for x in inputs]
-    outputs = [y for y in part(*inputs) if y.numel()]
-    generator = torch.Generator().manual_seed(1)
-    weights = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(DEVICE) for y in outputs]
-    sum((y.double() * w).sum() for y, w in zip(outputs, weights, strict=True)).backward()  # type: ignore[union-attr]
-    found = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
-    return found | {f"gradient {i}": x.grad for i, x in enumerate(inputs) if x.grad is not None}
-
-
-def check(kernel: Parts, plain: Parts, inputs: Sequence[Tensor]) -> None:
-    """PyTorch at the same precision is given the same numbers in the types it would be given."""
-    truth = results(plain, [x.double() for x in inputs])
-    assert_as_good_as_torch(results(kernel, inputs), results(plain, inputs), truth, factor=2)
-
-
-def random(*shape: int, dtype: torch.dtype) -> Tensor:
-    generator = torch.Generator().manual_seed(sum(shape))
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
-
-
-def parameter(replicas: int, *shape: int) -> Tensor:
-    """Replicas with a gap between them, as slices of a buffer of all parameters have."""
-    if replicas == 1:
-        return random(*shape, dtype=torch.float32)
-    return random(replicas, shape[0] + 1, *shape[1:], dtype=torch.float32)[:, :-1]
 
 
 CASES: list[dict[str, Any]] = list(

@@ -7,7 +7,7 @@ there only, in bfloat16 and at sizes that fill the card.
 
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -16,6 +16,8 @@ from torch import Tensor
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
+DTYPES = [torch.float32, torch.bfloat16 if CUDA else torch.float16]  # the interpreter gets bfloat16 wrong
+Parts = Callable[..., tuple[Tensor, ...]]
 
 if CUDA:  # read when a kernel is decorated, and again when it runs
     os.environ.pop("TRITON_INTERPRET", None)
@@ -80,3 +82,32 @@ def assert_as_good_as_torch(
         if not error <= factor * allowed + rounding:
             wrong.append(f"{name}: off by {error:.1e}, PyTorch by {allowed:.1e}")
     assert not wrong, "; ".join(wrong)
+
+
+def results(part: Parts, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Outputs of `part` and its gradients, each output with a weight of its own at every element."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    outputs = [y for y in part(*inputs) if y.numel()]
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(DEVICE) for y in outputs]
+    sum((y.double() * w).sum() for y, w in zip(outputs, weights, strict=True)).backward()  # type: ignore[union-attr]
+    found = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+    return found | {f"gradient {i}": x.grad for i, x in enumerate(inputs) if x.grad is not None}
+
+
+def check(kernel: Parts, plain: Parts, inputs: Sequence[Tensor]) -> None:
+    """PyTorch at the same precision is given the same numbers in the types it would be given."""
+    truth = results(plain, [x.double() for x in inputs])
+    assert_as_good_as_torch(results(kernel, inputs), results(plain, inputs), truth, factor=2)
+
+
+def random(*shape: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
+
+
+def parameter(replicas: int, *shape: int) -> Tensor:
+    """Replicas with a gap between them, as slices of a buffer of all parameters have."""
+    if replicas == 1:
+        return random(*shape, dtype=torch.float32)
+    return random(replicas, shape[0] + 1, *shape[1:], dtype=torch.float32)[:, :-1]

@@ -109,6 +109,21 @@ def test_rows_that_contradict_each_other_are_mended_and_the_study_goes_on(
     assert examine() == (0, [], [])
 
 
+@pytest.mark.parametrize("state", ["waiting", "paused", "running"])
+def test_what_was_cancelled_is_stopped_and_not_tried_again(
+    state: str, broken_study: Study, store: Store, examine: Examine
+) -> None:
+    sql(
+        store,
+        f"UPDATE hqlt_replicas SET state = '{state}', cancelled = TRUE, result = NULL WHERE number = 1",
+        "UPDATE hqlt_attempts SET state = 'lost' WHERE number = 1",
+    )
+    _, mended, problems = examine()
+    assert f"trial 1, seed 0: state {state} without a result; now stopped" in mended
+    assert not [problem for problem in problems if "cancelled" in problem]
+    assert [replica[2] for replica in results(store)] == ["complete", "stopped", "complete"]
+
+
 def results(store: Store) -> list[Any]:
     ledger = store.open()
     try:

@@ -95,7 +95,7 @@ def _checkpoint_violations(replica: ReplicaRow, store: Store, name: str, config_
 
 
 def lease_violations(ledger: Ledger, name: str) -> Iterator[str]:
-    """A replica is running exactly if one attempt at it runs, and that is held by a driver that lives."""
+    """A replica runs exactly if one attempt does, held by a living driver; what is cancelled runs or has ended."""
     drivers = ledger.drivers(name)
     dead = {driver.id for driver in DriverWatch().dead(drivers)}
     alive = {driver.id for driver in drivers} - dead
@@ -112,6 +112,8 @@ def lease_violations(ledger: Ledger, name: str) -> Iterator[str]:
         n_held = held[replica.number, replica.seed]
         if n_held != (replica.state == "running"):
             yield f"{_where(replica)}: state {replica.state}, and {n_held} attempts run"
+        if replica.cancelled and replica.state not in ("running", *FINISHED):
+            yield f"{_where(replica)}: cancelled, and {replica.state}"
 
 
 def sum_violations(ledger: Ledger, name: str) -> Iterator[str]:

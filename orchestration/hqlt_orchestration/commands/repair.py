@@ -5,7 +5,7 @@ what has none is tried again. Each function returns a sentence for everything it
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -16,7 +16,7 @@ from hqlt_orchestration.records.drivers import DriverWatch
 from hqlt_orchestration.records.ledger import Ledger, sum_up
 from hqlt_orchestration.records.results import study_results
 from hqlt_orchestration.records.store import Store
-from hqlt_orchestration.records.tables import ATTEMPTS, FINISHED, REPLICAS, TRIALS
+from hqlt_orchestration.records.tables import ATTEMPTS, FINISHED, REPLICAS, TRIALS, DriverRow
 from hqlt_orchestration.tracking.spool import Spool, unshipped_bytes
 
 DRAIN_S = 60.0  # what MLflow may take for what it still has to be told
@@ -36,7 +36,7 @@ def repair(store: Store, name: str) -> list[str]:
         study = Study.from_json(ledger.study(name).study)
         drivers = ledger.drivers(name)
         dead = DriverWatch().dead(drivers)
-        said += end_dead_leases(ledger, name)
+        said += end_dead_leases(ledger, name, dead)
         if len(dead) < len(drivers):
             return said  # who runs the study is in the middle of all that follows
         said += mend_states(ledger, name)
@@ -49,9 +49,8 @@ def repair(store: Store, name: str) -> list[str]:
     return said
 
 
-def end_dead_leases(ledger: Ledger, name: str) -> list[str]:
+def end_dead_leases(ledger: Ledger, name: str, dead: Sequence[DriverRow]) -> list[str]:
     """What drivers hold that are dead is given back."""
-    dead = DriverWatch().dead(ledger.drivers(name))
     return [
         f"trial {key.number}, seed {key.seed}: attempt {key.attempt} was held by a driver that is gone; now {state}"
         for key, state in ledger.forget_drivers(name, dead)
@@ -91,9 +90,9 @@ def _mend_replica(tx: sa.Connection, name: str, replica: "sa.Row[object]") -> It
             wrong = [attempt for attempt in running if attempt != attempts[-1].attempt]
     else:
         wrong = won
-        if state in ("complete", "failed") or (state == "stopped" and not replica.cancelled):
-            state = "waiting"
-        if state == "running" and not running:
+        if replica.cancelled:
+            state = "running" if running and state == "running" else "stopped"
+        elif state in ("complete", "failed", "stopped") or (state == "running" and not running):
             state = "waiting"
         if running and state != "running":
             wrong = won + running

@@ -1,7 +1,7 @@
 """The driver's end of the MLflow mirror: records are appended to a file, and nothing waits for MLflow.
 
 `studies/NAME/spool/<time>-<pid>.jsonl` belongs to one driver, which holds a lock on it while it lives. The writer, a
-process of its own (tracking.py), ships what is in there and keeps beside it how far it has come.
+process of its own (writer.py), ships what is in there and keeps beside it how far it has come.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """What MLflow is told of a study: as it happens, record by record, or afterwards from the ledger.
 
-A record is a dict of JSON values; its `kind` says which method of `tracking.Mirror` understands it. A driver puts
+A record is a dict of JSON values; its `kind` says which method of `mirror.Mirror` understands it. A driver puts
 records into its spool. What was lost on the way (the driver was killed between a commit and its record, the disk was
 full, MLflow came back without its database) is made again here, from the ledger.
 """
