@@ -172,6 +172,24 @@ class TrialRecord(Spec):
         return self.config.config_id
 
 
+class AxisImportance(Spec):
+    """What an axis has to do with reaching the best values of an objective."""
+
+    axis: str
+    share: float = Field(description="Of what all axes have to do with it together.")
+    chance: float = Field(description="The share that 95 in 100 shuffles of the objective's values stay below.")
+
+
+class Importances(Spec):
+    """The axes of a search by how much they decide who is among the `n_best` of `n_trials` in one objective."""
+
+    objective: str
+    n_trials: int
+    n_best: int
+    axes: tuple[AxisImportance, ...] = Field(default=(), description="The most important first; empty if `silent`.")
+    silent: str | None = Field(default=None, description="Why nothing can be said, as a sentence without its stop.")
+
+
 class StudyResults(Spec):
     """A whole study as values: what the dashboards draw from."""
 
@@ -181,4 +199,4 @@ class StudyResults(Spec):
     budget: int
     seeds: tuple[Seed, ...] = Field(default=(), description="That every trial is trained with.")
     constraints: dict[str, tuple[float | None, float | None]] = Field(default={}, description="(min, max) by cost.")
-    importances: dict[str, dict[str, float]] = Field(default={}, description="Objective -> axis -> share.")
+    importances: tuple[Importances, ...] = Field(default=(), description="Of a search, if they were asked for.")

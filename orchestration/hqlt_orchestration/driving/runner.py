@@ -552,7 +552,6 @@ class Driver:
             trials=tuple(self._records[number] for number in sorted(self._records)),
             budget=self._budget,
             constraints={cost: (bounds.min, bounds.max) for cost, bounds in self._study.constraints.items()},
-            importances={},
         )
 
     def _n_total(self) -> int:

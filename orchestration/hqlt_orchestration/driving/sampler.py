@@ -244,24 +244,6 @@ class Proposer:
         self._places = {t.user_attrs[NUMBER]: (ids(self._study_id, t.number), t.number) for t in trials}
         return {trial.user_attrs[NUMBER]: trial.state.is_finished() for trial in trials}
 
-    def importances(self) -> dict[str, dict[str, float]]:
-        """Objective -> axis -> share (PED-ANOVA). Empty while there are too few complete trials to tell."""
-        complete = [trial for trial in self._storage.look() if trial.state == TrialState.COMPLETE]
-        varied = [name for name in self._domains if len({repr(trial.params[name]) for trial in complete}) > 1]
-        if len(complete) < 8 or not varied:
-            return {}
-        shares: dict[str, dict[str, float]] = {}
-        for index, name in enumerate(self._study.objectives):
-
-            def target(trial: FrozenTrial, index: int = index) -> float:
-                return float(trial.values[index])
-
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                found = optuna.importance.get_param_importances(self._optuna, params=varied, target=target)
-            shares[name] = dict(found)
-        return shares
-
 
 def open_optuna(url: str) -> BaseStorage:
     """Optuna's storage at `url`, whose tables are there, cached in memory."""

@@ -11,10 +11,8 @@ from hqlt_orchestration.records.ledger import Ledger
 from hqlt_orchestration.records.tables import ReplicaRow, TrialRow
 
 
-def study_results(
-    ledger: Ledger, name: str, importances: Mapping[str, Mapping[str, float]] | None = None
-) -> StudyResults:
-    """The study `name` as it stands.
+def study_results(ledger: Ledger, name: str) -> StudyResults:
+    """The study `name` as it stands, without importances: `driving.importances` computes them.
 
     Raises:
         UnknownNameError: there is no such study.
@@ -31,7 +29,6 @@ def study_results(
         budget=row.budget,
         seeds=study.seeds,
         constraints={cost: (bounds.min, bounds.max) for cost, bounds in study.constraints.items()},
-        importances={objective: dict(shares) for objective, shares in (importances or {}).items()},
     )
 
 
