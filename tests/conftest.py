@@ -6,12 +6,13 @@ import pwd
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
+from hqlt_search_space.trial import Config, Environment, ReplicaResult, Trial, TrialResult
 
 # Without a CUDA device the Triton kernels run in Triton's interpreter. It is chosen when a kernel is decorated, that
 # is, when any test first imports one: so here, before all of them.
@@ -33,6 +34,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device: make test-gpu on a machine with one"))
+
+
+@pytest.fixture(scope="session")
+def environment() -> Environment:
+    """Where nothing was run."""
+    return Environment(
+        python="3",
+        torch="2",
+        hqlt="0",
+        source_version=None,
+        platform="",
+        cpu="",
+        instruction_set="",
+        n_threads=1,
+        device="cpu",
+    )
+
+
+@pytest.fixture(scope="session")
+def make_outcome(environment: Environment) -> Callable[..., TrialResult]:
+    """A result of one seed of a config, which nobody has trained."""
+
+    def make(config: Config, seed: int = 0, loss: float = 1.0, status: str = "complete") -> TrialResult:
+        measured = {"seed": seed, "status": status, "step": 5, "metrics": {"validation_loss_nats": loss}}
+        replicas = (ReplicaResult.model_validate(measured),)
+        return TrialResult(trial=Trial(config=config, seeds=(seed,)), replicas=replicas, environment=environment)
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ import pytest
 from hqlt_orchestration.commands.invariants import invariants, mirror_violations
 from hqlt_orchestration.records.attempts import AttemptKey
 from hqlt_orchestration.records.drivers import DriverWatch
+from hqlt_orchestration.records.leases import take_back
 from hqlt_search_space.trial import Trial
 from hqlt_trainer.run import run_trial
 from lab import Command, Lab, locked, study_text, wait_until
@@ -267,7 +268,7 @@ def test_a_driver_on_another_host_that_dies_is_known_by_its_beats_alone(make_lab
         time.sleep(0.5)
     driver.kill()
     wait_until(lambda: watch.dead(lab.ledger.drivers("chaos")), PATIENCE_S, "the silence to be noticed")
-    lab.ledger.forget_drivers("chaos", watch.dead(lab.ledger.drivers("chaos")))
+    take_back(lab.ledger, "chaos", watch.dead(lab.ledger.drivers("chaos")))
     assert invariants(lab.store, "chaos") == []
 
 

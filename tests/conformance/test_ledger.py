@@ -3,34 +3,26 @@
 import itertools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 from hqlt_orchestration.records.attempts import AttemptKey
 from hqlt_orchestration.records.drivers import DriverWatch, driver_is_dead
-from hqlt_orchestration.records.ledger import AttemptEnd, Ledger, NewTrial, Refused
+from hqlt_orchestration.records.leases import Leases, take_back
+from hqlt_orchestration.records.ledger import Ledger, NewTrial, Refused
+from hqlt_orchestration.records.states import AttemptEnd
 from hqlt_orchestration.records.tables import StudyRow
 from hqlt_search_space.arch import Arch
 from hqlt_search_space.errors import UnknownNameError
 from hqlt_search_space.mixers import Attention
 from hqlt_search_space.recipe import Recipe
 from hqlt_search_space.tasks import Nothing
-from hqlt_search_space.trial import Config, Environment, ReplicaResult, Trial, TrialResult
+from hqlt_search_space.trial import Config, TrialResult
 
 BUDGET = 6
-ENVIRONMENT = Environment(
-    python="3",
-    torch="2",
-    hqlt="0",
-    source_version=None,
-    platform="",
-    cpu="",
-    instruction_set="",
-    n_threads=1,
-    device="cpu",
-)
+MakeOutcome = Callable[..., TrialResult]
 
 
 def config(width: int = 8) -> Config:
@@ -45,11 +37,6 @@ def new_trial(width: int = 8, seeds: tuple[int, ...] = (0,), cell: str | None = 
     )
 
 
-def outcome(seed: int = 0, loss: float = 1.0, status: str = "complete") -> TrialResult:
-    replica = ReplicaResult.model_validate({"seed": seed, "status": status, "step": 5, "metrics": {"loss": loss}})
-    return TrialResult(trial=Trial(config=config(), seeds=(seed,)), replicas=(replica,), environment=ENVIRONMENT)
-
-
 @pytest.fixture
 def ledger(url: str) -> Iterator[Ledger]:
     ledger = Ledger(url)
@@ -58,40 +45,40 @@ def ledger(url: str) -> Iterator[Ledger]:
     ledger.close()
 
 
-def claimed(ledger: Ledger, width: int = 8, seeds: tuple[int, ...] = (0,)) -> AttemptKey:
-    found = ledger.claim("s", new_trial(width, seeds), ledger.enter("s", "ray"))
-    assert not isinstance(found, Refused)
-    assert found[1] is not None
-    return found[1]
+def claimed(ledger: Ledger, width: int = 8, seeds: tuple[int, ...] = (0,)) -> tuple[Leases, AttemptKey]:
+    """A new driver, and the trial that it runs."""
+    leases = Leases(ledger, "s", "ray")
+    key = leases.claim(new_trial(width, seeds))
+    assert not isinstance(key, Refused)
+    return leases, key
 
 
-def test_a_result_is_committed_once(ledger: Ledger) -> None:
-    key = claimed(ledger)
-    assert ledger.commit("s", key, outcome(loss=1.0)) == "complete"
-    assert ledger.commit("s", key, outcome(loss=2.0)) is None
+def test_a_result_is_committed_once(ledger: Ledger, make_outcome: MakeOutcome) -> None:
+    leases, key = claimed(ledger)
+    assert leases.commit(key, make_outcome(config(), loss=1.0)) == "complete"
+    assert leases.commit(key, make_outcome(config(), loss=2.0)) is None
     (replica,) = ledger.replicas("s")
     assert replica.result is not None
-    assert replica.result.metrics == {"loss": 1.0}
+    assert replica.result.metrics == {"validation_loss_nats": 1.0}
 
 
-def test_an_attempt_that_was_taken_back_cannot_commit(ledger: Ledger) -> None:
-    first = claimed(ledger)
-    assert ledger.release("s", first, "crashed") == "waiting"
-    second = ledger.lease_next("s", ledger.enter("s", "ray"), "search")
+def test_an_attempt_that_was_taken_back_cannot_commit(ledger: Ledger, make_outcome: MakeOutcome) -> None:
+    leases, first = claimed(ledger)
+    assert leases.release(first, "crashed") == "waiting"
+    other = Leases(ledger, "s", "ray")
+    second = other.take_next("search")
     assert second == AttemptKey(0, 0, 2)
-    assert ledger.commit("s", first, outcome(loss=1.0)) is None
-    assert ledger.commit("s", second, outcome(loss=2.0)) == "complete"
+    assert leases.commit(first, make_outcome(config(), loss=1.0)) is None
+    assert other.commit(second, make_outcome(config(), loss=2.0)) == "complete"
 
 
 def test_the_second_crash_quarantines_and_a_pause_does_not_count(ledger: Ledger) -> None:
-    key: AttemptKey | None = claimed(ledger)
-    driver = ledger.enter("s", "ray")
-    endings = ("paused", "crashed", "paused", "crashed")
+    leases, key = claimed(ledger)
     states = []
-    for how in endings:
+    for how in ("paused", "crashed", "paused", "crashed"):
         assert key is not None
-        states.append(ledger.release("s", key, how))
-        key = ledger.lease_next("s", driver, "search")
+        states.append(leases.release(key, how))
+        key = leases.take_next("search")
     assert states == ["paused", "waiting", "paused", "quarantined"]
     assert key is None
     assert ledger.counts("s")["quarantined"] == 1
@@ -102,11 +89,11 @@ def test_many_drivers_neither_overshoot_the_budget_nor_share_a_trial(url: str, l
 
     def drive(_: int) -> list[AttemptKey]:
         mine = Ledger(url)
-        driver = mine.enter("s", "ray")
+        leases = Leases(mine, "s", "ray")
         barrier.wait()
-        found = [mine.claim("s", new_trial(8 * width), driver) for width in range(1, 10)]
+        found = [leases.claim(new_trial(8 * width)) for width in range(1, 10)]
         mine.close()
-        return [claim[1] for claim in found if not isinstance(claim, Refused) and claim[1] is not None]
+        return [key for key in found if not isinstance(key, Refused)]
 
     with ThreadPoolExecutor(4) as pool:
         keys = [key for keys in pool.map(drive, range(4)) for key in keys]
@@ -116,15 +103,15 @@ def test_many_drivers_neither_overshoot_the_budget_nor_share_a_trial(url: str, l
 
 
 def test_many_drivers_never_lease_the_same_replica(url: str, ledger: Ledger) -> None:
-    ledger.claim("s", new_trial(seeds=tuple(range(24))), None)
+    ledger.add_trial("s", new_trial(seeds=tuple(range(24))))
     barrier = threading.Barrier(4)
 
     def drive(_: int) -> list[AttemptKey]:
         mine = Ledger(url)
-        driver = mine.enter("s", "ray")
+        leases = Leases(mine, "s", "ray")
         barrier.wait()
         found = []
-        while (key := mine.lease_next("s", driver, "search")) is not None:
+        while (key := leases.take_next("search")) is not None:
             found.append(key)
         mine.close()
         return found
@@ -135,15 +122,12 @@ def test_many_drivers_never_lease_the_same_replica(url: str, ledger: Ledger) -> 
 
 
 def test_seeds_that_wait_are_leased_with_another(ledger: Ledger) -> None:
-    ledger.claim("s", new_trial(seeds=(0, 1, 2, 3, 4)), None)
-    mine, other = ledger.enter("s", "ray"), ledger.enter("s", "ray")
-    first = ledger.lease_next("s", mine, "search")
-    second = ledger.lease_next("s", other, "search")
-    assert (first, second) == (AttemptKey(0, 0, 1), AttemptKey(0, 1, 1))
-    assert first is not None
-    assert ledger.lease_with("s", mine, first, (0, 1, 2, 4)) == [AttemptKey(0, 2, 1), AttemptKey(0, 4, 1)]
-    assert ledger.lease_with("s", mine, first, (0, 1, 2, 4)) == []
-    assert ledger.lease_next("s", other, "search") == AttemptKey(0, 3, 1)
+    ledger.add_trial("s", new_trial(seeds=(0, 1, 2, 3, 4)))
+    mine, other = Leases(ledger, "s", "ray"), Leases(ledger, "s", "ray")
+    assert (mine.take_next("search"), other.take_next("search")) == (AttemptKey(0, 0, 1), AttemptKey(0, 1, 1))
+    assert mine.take_others(0, (0, 1, 2, 4)) == [AttemptKey(0, 2, 1), AttemptKey(0, 4, 1)]
+    assert mine.take_others(0, (0, 1, 2, 4)) == []
+    assert other.take_next("search") == AttemptKey(0, 3, 1)
 
 
 def test_six_processes_may_open_a_new_database_at_once(url: str) -> None:
@@ -159,16 +143,16 @@ def test_a_dead_drivers_trials_are_taken_over_and_a_living_ones_are_not(ledger: 
     assert driver_is_dead(driver) is False
     assert driver_is_dead(replace(driver, process_start=driver.process_start - 9)) is True
     assert driver_is_dead(replace(driver, boot_id="another")) is True
-    assert ledger.forget_drivers("s", []) == []
-    assert ledger.forget_drivers("s", [driver]) == [(AttemptKey(0, 0, 1), "waiting")]
+    assert take_back(ledger, "s", []) == []
+    assert take_back(ledger, "s", [driver]) == [(AttemptKey(0, 0, 1), "waiting")]
     assert ledger.attempts("s")[0].state == "lost"
 
 
 def test_a_driver_that_has_beaten_since_keeps_its_trials(ledger: Ledger) -> None:
-    key = claimed(ledger)
+    leases, key = claimed(ledger)
     (driver,) = ledger.drivers("s")
-    ledger.beat("s", driver.id, {key: 3})
-    assert ledger.forget_drivers("s", [driver]) == []
+    leases.beat({key: 3})
+    assert take_back(ledger, "s", [driver]) == []
     assert ledger.attempts("s")[0].step == 3
 
 
@@ -192,36 +176,40 @@ def test_a_driver_is_not_dead_because_nobody_could_look_for_hours(ledger: Ledger
     assert watch.dead([driver]) == []
 
 
-def test_no_lease_is_lost_when_the_wall_clock_jumps(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_lease_is_lost_when_the_wall_clock_jumps(
+    ledger: Ledger, make_outcome: MakeOutcome, monkeypatch: pytest.MonkeyPatch
+) -> None:
     times = itertools.cycle([1.7e9, 1.7e9 + 3600, 1.7e9 - 3600, 0.0])
     monkeypatch.setattr(time, "time", lambda: next(times))
-    keys = [claimed(ledger, 8 * width) for width in (1, 2, 3)]
+    drivers = [claimed(ledger, 8 * width) for width in (1, 2, 3)]
     watch = DriverWatch()
-    for key, driver in zip(keys, ledger.drivers("s"), strict=True):
+    for leases, key in drivers:
         assert watch.dead(ledger.drivers("s")) == []
-        assert ledger.beat("s", driver.id, {key: 7}) == []
-        assert ledger.forget_drivers("s", watch.dead(ledger.drivers("s"))) == []
-    assert [ledger.commit("s", key, outcome()) for key in keys] == ["complete"] * 3
+        assert leases.beat({key: 7}) == []
+        assert take_back(ledger, "s", watch.dead(ledger.drivers("s"))) == []
+    assert [leases.commit(key, make_outcome(config())) for leases, key in drivers] == ["complete"] * 3
 
 
 def test_a_driver_that_stands_still_on_this_machine_loses_its_trials_and_is_told(ledger: Ledger) -> None:
-    key = claimed(ledger)
+    leases, key = claimed(ledger)
     (driver,) = ledger.drivers("s")
     times = itertools.count(step=5.0)
     watch = DriverWatch(stale_after_s=60, clock=lambda: next(times))
     looks = [watch.dead([driver]) for _ in range(14)]
     assert looks == [[]] * 13 + [[driver]]
-    assert ledger.forget_drivers("s", [driver]) == [(key, "waiting")]
-    assert ledger.beat("s", driver.id, {key: 9}) is None
+    assert take_back(ledger, "s", [driver]) == [(key, "waiting")]
+    assert leases.beat({key: 9}) is None
     assert ledger.attempts("s")[0].step == 0
 
 
-def test_a_trial_is_the_sum_of_its_replicas_but_not_of_its_replication(ledger: Ledger) -> None:
-    key = claimed(ledger, seeds=(0, 1))
-    assert ledger.commit("s", key, outcome()) == "waiting"
-    second = ledger.lease_next("s", ledger.enter("s", "ray"), "search")
+def test_a_trial_is_the_sum_of_its_replicas_but_not_of_its_replication(
+    ledger: Ledger, make_outcome: MakeOutcome
+) -> None:
+    leases, key = claimed(ledger, seeds=(0, 1))
+    assert leases.commit(key, make_outcome(config())) == "waiting"
+    second = leases.take_next("search")
     assert second is not None
-    assert ledger.commit("s", second, outcome(1, status="failed")) == "failed"
+    assert leases.commit(second, make_outcome(config(), 1, status="failed")) == "failed"
     ledger.add_replicas("s", 0, "replicate", (5, 1, 6))
     assert [(r.seed, r.phase) for r in ledger.replicas("s")] == [
         *((0, "search"), (1, "search"), (5, "replicate"), (6, "replicate"))
@@ -231,21 +219,20 @@ def test_a_trial_is_the_sum_of_its_replicas_but_not_of_its_replication(ledger: L
 
 
 def test_a_cancelled_trial_ends_at_once_unless_it_runs(ledger: Ledger) -> None:
-    key = claimed(ledger, seeds=(0, 1))
+    leases, key = claimed(ledger, seeds=(0, 1))
     assert ledger.cancel("s", 0) == 2
     assert [replica.state for replica in ledger.replicas("s")] == ["running", "stopped"]
-    (driver,) = ledger.drivers("s")
-    assert ledger.beat("s", driver.id, {key: 1}) == [key]
-    assert ledger.release("s", key, "paused") == "stopped"
+    assert leases.beat({key: 1}) == [key]
+    assert leases.release(key, "paused") == "stopped"
     assert ledger.trial("s", 0).state == "stopped"
     assert ledger.cancel("s", 0) == 0
 
 
 @pytest.mark.parametrize("how", ["crashed", "hung", "paused"])
 def test_what_is_cancelled_is_stopped_however_its_attempt_ends(ledger: Ledger, how: AttemptEnd) -> None:
-    key = claimed(ledger)
+    leases, key = claimed(ledger)
     ledger.cancel("s", 0)
-    assert ledger.release("s", key, how) == "stopped"
+    assert leases.release(key, how) == "stopped"
     assert ledger.n_unfinished("s", "search") == 0
 
 

@@ -2,18 +2,21 @@
 
 import itertools
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import sqlalchemy as sa
 from hqlt_orchestration.records.attempts import AttemptKey
-from hqlt_orchestration.records.ledger import MAX_ATTEMPTS, AttemptEnd, Ledger, NewTrial, Refused
-from hqlt_orchestration.records.tables import ATTEMPTS, DRIVERS, FINISHED, DriverId, DriverRow, State, StudyRow
+from hqlt_orchestration.records.leases import Leases, take_back
+from hqlt_orchestration.records.ledger import Ledger, NewTrial, Refused
+from hqlt_orchestration.records.states import MAX_ATTEMPTS, AttemptEnd
+from hqlt_orchestration.records.tables import ATTEMPTS, DRIVERS, FINISHED, DriverRow, State, StudyRow
 from hqlt_search_space.arch import Arch
 from hqlt_search_space.mixers import Attention
 from hqlt_search_space.recipe import Recipe
 from hqlt_search_space.tasks import Nothing
-from hqlt_search_space.trial import Config, Environment, ReplicaResult, Trial, TrialResult
+from hqlt_search_space.trial import Config, TrialResult
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
@@ -22,17 +25,6 @@ from hypothesis.stateful import run_state_machine_as_test as run_machine
 BUDGET = 2
 SEEDS = (0, 1)
 CRASHES = ("crashed", "hung", "out_of_memory")
-ENVIRONMENT = Environment(
-    python="3",
-    torch="2",
-    hqlt="0",
-    source_version=None,
-    platform="",
-    cpu="",
-    instruction_set="",
-    n_threads=1,
-    device="cpu",
-)
 _study_numbers = itertools.count()
 
 
@@ -41,28 +33,24 @@ def config(width: int) -> Config:
     return Config(arch=Arch(d_model=8 * width, mlp_inner=8, layers=layers), recipe=Recipe(steps=1), task=Nothing())
 
 
-def outcome(seed: int, status: str, loss: float) -> TrialResult:
-    replica = ReplicaResult.model_validate({"seed": seed, "status": status, "step": 5, "metrics": {"loss": loss}})
-    return TrialResult(trial=Trial(config=config(1), seeds=(seed,)), replicas=(replica,), environment=ENVIRONMENT)
-
-
 @dataclass(frozen=True)
 class Held:
     """An attempt as its driver knows it. The driver may have died, the attempt may have ended long ago."""
 
-    driver: DriverId
+    driver: Leases
     key: AttemptKey
 
 
 class Drivers(RuleBasedStateMachine):
     """Several drivers of one study. Rules are all that a driver or a user can ask of the ledger."""
 
-    drivers = Bundle[DriverId]("drivers")
+    drivers = Bundle[Leases]("drivers")
     attempts = Bundle[Held]("attempts")
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, make_outcome: Callable[..., TrialResult]) -> None:
         super().__init__()
         self.ledger = ledger
+        self.make_outcome = make_outcome
         self.name = f"s{next(_study_numbers)}"
         self.accepted: dict[tuple[int, int], float] = {}
         self.finished: dict[tuple[int, int], State] = {}
@@ -70,31 +58,30 @@ class Drivers(RuleBasedStateMachine):
         ledger.add_study(StudyRow(self.name, "{}", "", "h", BUDGET, "open", None, None, 0.0))
 
     @initialize(target=drivers)
-    def first_driver(self) -> DriverId:
-        return self.ledger.enter(self.name, "ray")
+    def first_driver(self) -> Leases:
+        return Leases(self.ledger, self.name, "ray")
 
     @rule(target=drivers, executor=st.sampled_from(["ray", "inline"]))
-    def another_driver(self, executor: str) -> DriverId:
-        return self.ledger.enter(self.name, executor)
+    def another_driver(self, executor: str) -> Leases:
+        return Leases(self.ledger, self.name, executor)
 
     @rule(target=attempts, driver=drivers, width=st.integers(1, 4))
-    def claim(self, driver: DriverId, width: int) -> "Held":
+    def claim(self, driver: Leases, width: int) -> "Held":
         before = self.ledger.trials(self.name)
-        found = self.ledger.claim(self.name, NewTrial("search", config(width), {}, {}, SEEDS), driver)
+        key = driver.claim(NewTrial("search", config(width), {}, {}, SEEDS))
         known = {row.config.config_id for row in before}
-        if isinstance(found, Refused):
-            assert found.why == ("duplicate" if config(width).config_id in known else "budget")
-            assert found.why == "duplicate" or len(before) == BUDGET
+        if isinstance(key, Refused):
+            assert key.why == ("duplicate" if config(width).config_id in known else "budget")
+            assert key.why == "duplicate" or len(before) == BUDGET
             return multiple()
-        number, key = found
-        assert number == len(before) < BUDGET
-        assert key == AttemptKey(number, SEEDS[0], 1)
+        assert len(before) < BUDGET
+        assert key == AttemptKey(len(before), SEEDS[0], 1)
         return Held(driver, key)
 
     @rule(target=attempts, driver=drivers)
-    def lease(self, driver: DriverId) -> "Held":
+    def lease(self, driver: Leases) -> "Held":
         wait = [r for r in self.ledger.replicas(self.name) if r.state in ("waiting", "paused") and not r.cancelled]
-        key = self.ledger.lease_next(self.name, driver, "search")
+        key = driver.take_next("search")
         if not wait:
             assert key is None
             return multiple()
@@ -104,20 +91,20 @@ class Drivers(RuleBasedStateMachine):
 
     @rule(target=attempts, held=attempts)
     def lease_the_rest_of_a_stack(self, held: Held) -> "Held":
-        found = self.ledger.lease_with(self.name, held.driver, held.key, SEEDS)
+        found = held.driver.take_others(held.key.number, SEEDS)
         return multiple(*(Held(held.driver, key) for key in found))
 
     @rule(driver=drivers, held=attempts, step=st.integers(0, 9))
-    def beat(self, driver: DriverId, held: Held, step: int) -> None:
-        gone = driver not in {row.id for row in self.ledger.drivers(self.name)}
-        asked = self.ledger.beat(self.name, driver, {held.key: step})
+    def beat(self, driver: Leases, held: Held, step: int) -> None:
+        gone = driver.driver not in {row.id for row in self.ledger.drivers(self.name)}
+        asked = driver.beat({held.key: step})
         assert (asked is None) == gone
 
     @rule(held=attempts, status=st.sampled_from(["complete", "stopped", "failed"]))
     def commit(self, held: Held, status: str) -> None:
         loss = float(next(self.losses))
         counted = self._runs(held.key)
-        state = self.ledger.commit(self.name, held.key, outcome(held.key.seed, status, loss))
+        state = held.driver.commit(held.key, self.make_outcome(config(1), held.key.seed, loss, status))
         assert (state is not None) == counted
         if counted:
             self.accepted[held.key.number, held.key.seed] = loss
@@ -125,17 +112,17 @@ class Drivers(RuleBasedStateMachine):
     @rule(held=attempts, how=st.sampled_from(["paused", *CRASHES]))
     def release(self, held: Held, how: AttemptEnd) -> None:
         counted = self._runs(held.key)
-        state = self.ledger.release(self.name, held.key, how, "why")
+        state = held.driver.release(held.key, how, "why")
         assert (state is not None) == counted
         assert state in (None, "paused", "waiting", "quarantined", "stopped")
 
     @rule(driver=drivers, how=st.sampled_from(CRASHES))
-    def try_what_waits_and_crash(self, driver: DriverId, how: AttemptEnd) -> None:
+    def try_what_waits_and_crash(self, driver: Leases, how: AttemptEnd) -> None:
         """The common way of a poisoned config: what is tried next is what has just crashed."""
-        key = self.ledger.lease_next(self.name, driver, "search")
+        key = driver.take_next("search")
         if key is not None:
             before = {(r.number, r.seed): r.crashes for r in self.ledger.replicas(self.name)}[key.number, key.seed]
-            state = self.ledger.release(self.name, key, how, "why")
+            state = driver.release(key, how, "why")
             assert state == (
                 "quarantined" if before + 1 == MAX_ATTEMPTS else "waiting"
             )  # what is cancelled waits never
@@ -148,17 +135,17 @@ class Drivers(RuleBasedStateMachine):
             assert self.ledger.cancel(self.name, number) == len(unfinished)
 
     @rule(driver=drivers)
-    def leave(self, driver: DriverId) -> None:
-        self.ledger.leave(driver)
+    def leave(self, driver: Leases) -> None:
+        driver.leave()
 
     @rule(driver=drivers, has_beaten=st.booleans())
-    def die_and_be_found(self, driver: DriverId, has_beaten: bool) -> None:
+    def die_and_be_found(self, driver: Leases, has_beaten: bool) -> None:
         """Another driver saw that this one is dead, unless that one beats between the look and the deed."""
-        seen: list[DriverRow] = [row for row in self.ledger.drivers(self.name) if row.id == driver]
-        held = {key for key, holder in self._running().items() if holder == driver}
+        seen: list[DriverRow] = [row for row in self.ledger.drivers(self.name) if row.id == driver.driver]
+        held = {key for key, holder in self._running().items() if holder == driver.driver}
         if has_beaten:
-            self.ledger.beat(self.name, driver, {})
-        back = {key for key, _ in self.ledger.forget_drivers(self.name, seen)}
+            driver.beat({})
+        back = {key for key, _ in take_back(self.ledger, self.name, seen)}
         still = set(self._running())
         assert not back & still
         if seen:
@@ -184,7 +171,7 @@ class Drivers(RuleBasedStateMachine):
             assert self.finished.get(place, replica.state) == replica.state
             if replica.state in FINISHED:
                 self.finished[place] = replica.state
-            stored = replica.result and replica.result.metrics["loss"]
+            stored = replica.result and replica.result.metrics["validation_loss_nats"]
             assert stored == self.accepted.get(place)
             if replica.state in ("complete", "failed"):
                 assert stored is not None
@@ -237,12 +224,14 @@ class Drivers(RuleBasedStateMachine):
             return list(tx.execute(sa.select(DRIVERS.c.id, DRIVERS.c.ended).where(DRIVERS.c.study == self.name)))
 
 
-def test_whatever_drivers_do_in_whatever_order_the_ledger_keeps_its_promises(url: str) -> None:
+def test_whatever_drivers_do_in_whatever_order_the_ledger_keeps_its_promises(
+    url: str, make_outcome: Callable[..., TrialResult]
+) -> None:
     ledger = Ledger(url)
     examples: dict[Literal[True, False], int] = {True: 50, False: 12}
     try:
         run_machine(
-            lambda: Drivers(ledger),
+            lambda: Drivers(ledger, make_outcome),
             settings=settings(
                 max_examples=examples[url.startswith("sqlite")],
                 stateful_step_count=25,

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from hqlt_orchestration.commands.doctor import doctor
+from hqlt_orchestration.records.leases import Leases
 from hqlt_orchestration.records.ledger import NewTrial
 from hqlt_orchestration.records.store import Store
 from hqlt_orchestration.tracking.spool import Spool, unshipped_bytes
@@ -154,7 +155,7 @@ def test_the_lease_of_a_driver_that_died_is_given_back(broken_study: Study, stor
     config = ledger.trial("small", 0).config
     other = config.model_copy(update={"recipe": config.recipe.model_copy(update={"learning_rate": 0.5})})
     proposal = ledger.trial("small", 0).proposal
-    ledger.claim("small", NewTrial("search", other, {}, {}, (0,), None, proposal), ledger.enter("small", "ray"))
+    Leases(ledger, "small", "ray").claim(NewTrial("search", other, {}, {}, (0,), None, proposal))
     ledger.close()
     sql(store, "UPDATE hqlt_drivers SET boot_id = 'before the machine was started' WHERE NOT ended")
     code, mended, problems = examine()
@@ -165,7 +166,7 @@ def test_the_lease_of_a_driver_that_died_is_given_back(broken_study: Study, stor
 
 def test_beside_a_living_driver_nothing_is_touched(broken_study: Study, store: Store, examine: Examine) -> None:
     ledger = store.open()
-    ledger.enter("small", "ray")
+    Leases(ledger, "small", "ray")
     ledger.close()
     half = store.study_folder("small") / "trials" / "0000" / "seed-0" / "result.json.tmp"
     half.touch()

@@ -18,6 +18,7 @@ from hqlt_orchestration.driving.progress import ProgressView
 from hqlt_orchestration.driving.runner import Driver, Ending, Interrupts
 from hqlt_orchestration.driving.sampler import Proposer
 from hqlt_orchestration.records.attempts import AttemptKey
+from hqlt_orchestration.records.leases import take_back
 from hqlt_orchestration.records.ledger import Ledger
 from hqlt_orchestration.records.results import study_results
 from hqlt_orchestration.records.store import Store
@@ -318,7 +319,7 @@ def test_a_driver_that_was_given_up_goes_on_as_a_new_one(
             with opened(store) as ledger:
                 drivers = ledger.drivers("small")
                 given_up.extend(driver.id for driver in drivers)
-                assert ledger.forget_drivers("small", drivers) == [(AttemptKey(0, 0, 1), "waiting")]
+                assert take_back(ledger, "small", drivers) == [(AttemptKey(0, 0, 1), "waiting")]
         return event
 
     output = StringIO()

@@ -32,7 +32,7 @@ def run(ledger: Ledger, study: Study, proposers: Iterator[Proposer], n_trials: i
         proposer = next(proposers)
         taken = {proposal.config.config_id for proposal in done}
         proposal = proposer.propose(number, taken.__contains__, len(taken))
-        ledger.claim(study.name, NewTrial("search", proposal.config, proposal.choices, proposal.costs, (0,)), None)
+        ledger.add_trial(study.name, NewTrial("search", proposal.config, proposal.choices, proposal.costs, (0,)))
         proposer.accept(number, proposal.stored())
         proposer.tell(number, [proposal.costs[name] for name in study.objectives])
         done.append(proposal)

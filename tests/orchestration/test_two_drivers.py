@@ -3,32 +3,24 @@
 import multiprocessing
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 from hqlt_orchestration.commands.invariants import invariants
 from hqlt_orchestration.driving.sampler import Proposer
 from hqlt_orchestration.records.attempts import AttemptKey
+from hqlt_orchestration.records.leases import Leases
 from hqlt_orchestration.records.ledger import NewTrial, Refused
 from hqlt_orchestration.records.store import Store
 from hqlt_orchestration.records.tables import StudyRow
 from hqlt_search_space.study import Study
-from hqlt_search_space.trial import Environment, ReplicaResult, Trial, TrialResult
+from hqlt_search_space.trial import TrialResult
 
 MakeStudy = Callable[..., Study]
+MakeOutcome = Callable[..., TrialResult]
 Drive = Callable[[Study, Store], str]
 Run = Callable[[Study, Store], object]
-ENVIRONMENT = Environment(
-    python="3",
-    torch="2",
-    hqlt="0",
-    source_version=None,
-    platform="",
-    cpu="",
-    instruction_set="",
-    n_threads=1,
-    device="cpu",
-)
 
 
 def run_in_processes(n: int, run: Run, study: Study, store: Store) -> None:
@@ -60,38 +52,37 @@ def test_two_drivers_share_a_study(url: str, make_study: MakeStudy, drive: Drive
     assert_issued_once(16, store)
 
 
-def ask_and_tell(study: Study, store: Store) -> None:
+def ask_and_tell(make_outcome: MakeOutcome, study: Study, store: Store) -> None:
     """A driver without its executor: what it asks for is over at once."""
     ledger = store.open()
-    proposer, driver = Proposer(study, ledger), ledger.enter("small", "ray")
+    proposer, leases = Proposer(study, ledger), Leases(ledger, "small", "ray")
     taken: set[str] = set()
     while True:
         proposal = proposer.propose(len(taken), taken.__contains__, len(taken))
         new = NewTrial("search", proposal.config, proposal.choices, proposal.costs, (0,), None, proposal.stored())
-        claimed = ledger.claim("small", new, driver)
-        if claimed == Refused("budget"):
+        key = leases.claim(new)
+        if key == Refused("budget"):
             break
-        if isinstance(claimed, Refused):
+        if isinstance(key, Refused):
             taken.update(ledger.config_ids("small"))
             continue
-        number, key = claimed
-        assert key == AttemptKey(number, 0, 1)
+        assert key == AttemptKey(key.number, 0, 1)
         taken.add(proposal.config.config_id)
-        proposer.accept(number, proposal.stored())
-        replica = ReplicaResult(seed=0, status="complete", step=0, metrics={"validation_loss_nats": 0.0})
-        trial = Trial(config=proposal.config)
-        ledger.commit("small", key, TrialResult(trial=trial, replicas=(replica,), environment=ENVIRONMENT))
+        proposer.accept(key.number, proposal.stored())
+        leases.commit(key, make_outcome(proposal.config))
         costs = [proposal.costs[name] for name in study.objectives]
-        proposer.tell(number, costs)
-    ledger.leave(driver)
+        proposer.tell(key.number, costs)
+    leases.leave()
     ledger.close()
 
 
 @pytest.mark.slow
-def test_of_two_thousand_asks_none_is_issued_twice(url: str, make_study: MakeStudy, tmp_path: Path) -> None:
+def test_of_two_thousand_asks_none_is_issued_twice(
+    url: str, make_study: MakeStudy, make_outcome: MakeOutcome, tmp_path: Path
+) -> None:
     study, store = make_study(trials=2000, sampler="random"), Store(tmp_path / "data", database=url)
     ledger = store.open()
     ledger.add_study(StudyRow("small", study.model_dump_json(), "", "h", 2000, "open", None, None, 0.0))
     ledger.close()
-    run_in_processes(4, ask_and_tell, study, store)
+    run_in_processes(4, partial(ask_and_tell, make_outcome), study, store)
     assert_issued_once(2000, store)

@@ -15,7 +15,8 @@ from hqlt_search_space.study import Study
 
 from hqlt_orchestration.records.database import shown
 from hqlt_orchestration.records.drivers import DriverWatch
-from hqlt_orchestration.records.ledger import SUM_ORDER, Ledger
+from hqlt_orchestration.records.ledger import Ledger
+from hqlt_orchestration.records.states import SUM_ORDER
 from hqlt_orchestration.records.store import Store
 from hqlt_orchestration.records.tables import ATTEMPTS, DRIVERS, FINISHED, ReplicaRow, State
 

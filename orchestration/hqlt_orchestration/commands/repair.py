@@ -13,8 +13,10 @@ from hqlt_search_space.study import Study
 
 from hqlt_orchestration.driving.orphans import end_dead_sessions
 from hqlt_orchestration.records.drivers import DriverWatch
-from hqlt_orchestration.records.ledger import Ledger, sum_up
+from hqlt_orchestration.records.leases import take_back
+from hqlt_orchestration.records.ledger import Ledger
 from hqlt_orchestration.records.results import study_results
+from hqlt_orchestration.records.states import sum_up
 from hqlt_orchestration.records.store import Store
 from hqlt_orchestration.records.tables import ATTEMPTS, FINISHED, REPLICAS, TRIALS, DriverRow
 from hqlt_orchestration.tracking.spool import Spool, unshipped_bytes
@@ -53,7 +55,7 @@ def end_dead_leases(ledger: Ledger, name: str, dead: Sequence[DriverRow]) -> lis
     """What drivers hold that are dead is given back."""
     return [
         f"trial {key.number}, seed {key.seed}: attempt {key.attempt} was held by a driver that is gone; now {state}"
-        for key, state in ledger.forget_drivers(name, dead)
+        for key, state in take_back(ledger, name, dead)
     ]
 
 

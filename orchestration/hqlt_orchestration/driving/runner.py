@@ -33,8 +33,10 @@ from hqlt_orchestration.driving.progress import Estimate, ProgressView, Standing
 from hqlt_orchestration.driving.watchdog import Watchdog
 from hqlt_orchestration.records.attempts import AttemptKey
 from hqlt_orchestration.records.drivers import DriverWatch
-from hqlt_orchestration.records.ledger import AttemptEnd, Ledger, NewTrial, Refused, spared_memory
+from hqlt_orchestration.records.leases import Leases, spared_memory, take_back
+from hqlt_orchestration.records.ledger import Ledger, NewTrial, Refused
 from hqlt_orchestration.records.results import minimised, objectives_of, trial_record
+from hqlt_orchestration.records.states import AttemptEnd
 from hqlt_orchestration.records.store import Store
 from hqlt_orchestration.records.tables import FINISHED, Phase, ReplicaRow, State, TrialRow
 from hqlt_orchestration.tracking import told
@@ -157,20 +159,20 @@ class Driver:
 
     def _run(self) -> Ending:
         self._read_ledger()
-        self._driver = self._ledger.enter(self._name, "starting")
+        self._leases = Leases(self._ledger, self._name, "starting")
         try:
             self._adopt()
             self._executor = self._start_executor()
             self._interrupts.listen()
             if self._executor.placement.why:
                 self._view.say(self._executor.placement.why)
-            self._ledger.set_executor(self._driver, self._executor.name)
+            self._leases.set_executor(self._executor.name)
             try:
                 return self._run_phases()
             finally:
                 self._executor.close()
         finally:
-            self._ledger.leave(self._driver)
+            self._leases.leave()
 
     def _run_phases(self) -> Ending:
         phases: list[Phase] = [self._phase]
@@ -218,7 +220,7 @@ class Driver:
         if phase == "ablate":
             for cell in self._study.cells():
                 new = NewTrial(phase, cell.config, cell.choices, costs(cell.config), self._study.seeds, cell=cell.label)
-                self._ledger.claim(self._name, new, None)
+                self._ledger.add_trial(self._name, new)
             self._read_ledger()
         if phase == "replicate":
             assert self._study.replication is not None
@@ -250,7 +252,7 @@ class Driver:
         while self._running and time.monotonic() < deadline:
             self._handle_all(self._executor.poll(POLL_S))
         for key in list(self._running):
-            self._ledger.release(self._name, key, "paused", "no checkpoint in time")
+            self._leases.release(key, "paused", "no checkpoint in time")
             del self._running[key]
 
     # The loop's four steps
@@ -275,7 +277,7 @@ class Driver:
         if now >= self._next_beat:
             self._next_beat = now + BEAT_S
             steps = {key: running.step for key, running in self._running.items()}
-            cancelled = self._ledger.beat(self._name, self._driver, steps)
+            cancelled = self._leases.beat(steps)
             if cancelled is None:
                 self._start_over()
             for key in cancelled or ():
@@ -301,7 +303,7 @@ class Driver:
             self._executor.kill(key)
         if hung and self._executor.name == "inline":
             for key, sentence in hung.items():
-                self._ledger.release(self._name, key, "hung", sentence)
+                self._leases.release(key, "hung", sentence)
             key, sentence = next(iter(hung.items()))
             sentence += f"; continue with: hqlt study resume {self._name}"
             raise TrialFailedError("hung", f"trial {key.number}, seed {key.seed}: {sentence}")
@@ -313,16 +315,16 @@ class Driver:
             self._executor.kill(key)
             self._watchdog.end(key)
         self._running.clear()
-        self._driver = self._ledger.enter(self._name, self._executor.name)
+        self._leases = Leases(self._ledger, self._name, self._executor.name)
 
     def _take_back(self) -> None:
-        others = [driver for driver in self._ledger.drivers(self._name) if driver.id != self._driver]
+        others = [driver for driver in self._ledger.drivers(self._name) if driver.id != self._leases.driver]
         dead = self._watch.dead(others)
         if self._proposer is not None:
             self._proposer.alone = not others
         if others:  # whose trials count for the front too
             self._read_ledger()
-        for key, state in self._ledger.forget_drivers(self._name, dead):
+        for key, state in take_back(self._ledger, self._name, dead):
             self._view.say(f"trial {key.number}, seed {key.seed}: its driver is gone; {_now(state)}")
             self._some_wait = True
 
@@ -330,7 +332,7 @@ class Driver:
 
     def _next_lease(self) -> AttemptKey | None:
         if self._some_wait:
-            key = self._ledger.lease_next(self._name, self._driver, self._phase)
+            key = self._leases.take_next(self._phase)
             if key is not None:
                 return key
             self._some_wait = False
@@ -350,11 +352,11 @@ class Driver:
             new = NewTrial(
                 "search", proposal.config, proposal.choices, proposal.costs, self._study.seeds, None, proposal.stored()
             )
-            claimed = self._ledger.claim(self._name, new, self._driver)
-            if isinstance(claimed, Refused):  # another driver was faster
+            key = self._leases.claim(new)
+            if isinstance(key, Refused):  # another driver was faster
                 self._taken.update(self._ledger.config_ids(self._name))
                 continue
-            number, key = claimed
+            number = key.number
             proposer.accept(number, proposal.stored())
             self._taken.add(proposal.config.config_id)
             self._rows[number] = TrialRow(
@@ -379,7 +381,7 @@ class Driver:
         stack = self._stack(row, key.seed) if accumulation is None else (key.seed,)
         keys = [key]
         if len(stack) > 1:
-            keys += self._ledger.lease_with(self._name, self._driver, key, stack)
+            keys += self._leases.take_others(key.number, stack)
         trial = self._trial(row, stack, accumulation)
         self._put(told.trial_begins(self._phase, row, trial))
         self._running |= {each: _Running(row) for each in keys}
@@ -448,7 +450,7 @@ class Driver:
                 self._commit(key, outcome)
             case Paused(key):
                 running = self._running.pop(key)
-                state = self._ledger.release(self._name, key, "paused", "cancelled" if running.cancelled else None)
+                state = self._leases.release(key, "paused", "cancelled" if running.cancelled else None)
                 if state == "stopped":
                     self._view.say(f"trial {key.number}, seed {key.seed}: cancelled at step {running.step}")
                     self._trial_ended(running.trial, state)
@@ -456,7 +458,7 @@ class Driver:
                 running = self._running.pop(key)
                 how: AttemptEnd = "hung" if running.hung else "out_of_memory" if out_of_memory else "crashed"
                 message = running.hung or message
-                state = self._ledger.release(self._name, key, how, message)
+                state = self._leases.release(key, how, message)
                 last = message.strip().splitlines()[-1]
                 if state is not None:
                     self._view.say(f"trial {key.number}, seed {key.seed}: {last}; {_now(state)}")
@@ -486,11 +488,11 @@ class Driver:
         (result,) = outcome.replicas
         if result.reason == "disk_full":
             # Not the trial's fault, and the next ones would fail the same way.
-            self._ledger.release(self._name, key, "paused", result.message)
+            self._leases.release(key, "paused", result.message)
             self._view.say(f"trial {key.number}, seed {key.seed}: {result.message}; free some space and resume")
             self._interrupts.asked = True
             return
-        state = self._ledger.commit(self._name, key, outcome)
+        state = self._leases.commit(key, outcome)
         if state is None:
             self._view.say(f"trial {key.number}, seed {key.seed}: finished, but another driver had taken it over")
             return

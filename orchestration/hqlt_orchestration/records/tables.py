@@ -1,8 +1,8 @@
 """The ledger's tables, and a row of each as a value."""
 
 import json
-from dataclasses import dataclass
-from typing import Any, Literal, NewType
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NewType, TypeVar
 
 import sqlalchemy as sa
 from hqlt_search_space.trial import Config, ReplicaResult, TrialResult
@@ -194,8 +194,12 @@ class DriverRow:
     beat_at: float
 
 
-def study_row(row: sa.Row[Any]) -> StudyRow:
-    return StudyRow(**{name: getattr(row, name) for name in StudyRow.__dataclass_fields__})
+_Plain = TypeVar("_Plain", StudyRow, AttemptRow, DriverRow)
+
+
+def row_as(kind: type[_Plain], row: sa.Row[Any]) -> _Plain:
+    """A row whose columns are the fields of a `kind`."""
+    return kind(**{each.name: getattr(row, each.name) for each in fields(kind)})
 
 
 def trial_row(row: sa.Row[Any]) -> TrialRow:
