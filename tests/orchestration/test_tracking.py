@@ -193,6 +193,61 @@ def assert_all_is_there_once(store: Store) -> None:
     }
 
 
+@pytest.fixture(scope="module")
+def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An empty MLflow, which takes seconds to make."""
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+
+
+TELLINGS = st.lists(
+    st.tuples(
+        st.sampled_from(["on", "a new mirror", "another attempt", "the end"]),
+        st.lists(st.tuples(st.integers(0, 5), st.sampled_from([0.5, 2.0, float("inf"), float("nan")])), max_size=6),
+    ),
+    max_size=5,
+)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's own
+@settings(max_examples=15, deadline=None)
+@given(tellings=TELLINGS)
+def test_whatever_is_told_again_and_whenever_mlflow_has_each_point_once(
+    mlflow_uri: str, tellings: list[tuple[str, list[tuple[int, float]]]]
+) -> None:
+    study, folder = f"study-{time.time_ns()}", Path(mlflow_uri.removeprefix("sqlite:///")).parent
+    mirror = Mirror(mlflow_uri, folder, study)
+    mirror.apply([trial(0) | {"unix_ms": 0}])
+    for unix_ms, (what, points) in enumerate(tellings):  # or MLflow would drop a second one itself
+        if what == "a new mirror":
+            mirror = Mirror(mlflow_uri, folder, study)
+        before = {"another attempt": [trial(0)], "the end": [end(0)]}.get(what, [])
+        told_now = before + [point(step, value=value) for step, value in points]
+        mirror.apply({**record, "unix_ms": unix_ms} for record in told_now)
+    largest = 1.7976931348623157e308  # what MLflow makes of infinity; NaN stays
+    with sqlite3.connect(mlflow_uri.removeprefix("sqlite:///")) as database:
+        found = database.execute(
+            "SELECT step, CASE WHEN is_nan THEN 'nan' ELSE value END FROM metrics JOIN runs USING (run_uuid)"
+            " JOIN experiments USING (experiment_id) WHERE key = 'loss' AND experiments.name = ?",
+            (study,),
+        ).fetchall()
+    database.close()
+    expected = {(step, str(min(value, largest))) for _, points in tellings for step, value in points}
+    assert sorted((step, str(value)) for step, value in found) == sorted(expected)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's own
+def test_a_curve_is_not_read_for_what_comes_after_its_end(mlflow_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(mlflow_uri.removeprefix("sqlite:///")).parent
+    Mirror(mlflow_uri, folder, "long").apply([point(step) | {"unix_ms": 0} for step in range(1, 10)])
+    again = Mirror(mlflow_uri, folder, "long")
+    read: list[str] = []
+    monkeypatch.setattr(again._client, "get_metric_history", lambda _run, key: read.append(key) or [])
+    again.apply([point(step) | {"unix_ms": 0} for step in range(10, 20)])
+    assert read == []
+    again.apply([point(19, value=7.0) | {"unix_ms": 0}, point(9) | {"unix_ms": 0}])
+    assert read == ["loss"]
+
+
 def test_a_record_that_mlflow_refuses_holds_up_no_other(tmp_path: Path) -> None:
     store = Store(tmp_path)
     spool = Spool(store, "small")

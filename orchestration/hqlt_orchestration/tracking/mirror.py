@@ -24,8 +24,8 @@ from hqlt_search_space.errors import StoreError
 
 from hqlt_orchestration.tracking.told import Ended, Record
 
-BATCH_METRICS = 800  # MLflow's own limits for one request: 1000 in all, 100 parameters, 100 tags
-BATCH_PARAMS = 100
+BATCH_ALL = 1000  # MLflow's own limits for one request
+BATCH_PARAMS = BATCH_TAGS = 100
 PARAM_CHARACTERS = 6000
 RunKey = tuple[str, int | None]
 """(phase, trial number); None is the phase's parent run."""
@@ -71,6 +71,10 @@ class Mirror:
             logging.warning("MLflow keeps the artifacts of %s in %s, not with the data: none are added", study, where)
         self._runs: dict[RunKey, str] = {}
         self._states: dict[RunKey, str] = {}  # as MLflow has them
+        self._pending: dict[str, _Pending] = {}
+        # Of a run, by metric: the points that we know of, and the last step of those that we have not looked at.
+        self._points: dict[str, dict[str, set[Point]]] = {}
+        self._last: dict[str, dict[str, int]] = {}
         for run in self._all_runs():
             tags = run.data.tags
             if "hqlt.phase" not in tags:
@@ -78,11 +82,9 @@ class Mirror:
             number = tags.get("hqlt.trial")
             key = (tags["hqlt.phase"], int(number) if number is not None else None)
             self._runs.setdefault(key, run.info.run_id)
+            self._last[run.info.run_id] = _last_steps(run)
             finished = "complete" if run.info.status == "FINISHED" else "running"
             self._states.setdefault(key, finished if number is None else tags.get("hqlt.state", "running"))
-        self._pending: dict[str, _Pending] = {}
-        self._fresh: set[str] = set()  # runs that have no points but those sent from here
-        self._points: dict[str, dict[str, set[Point]]] = {}  # of runs that go on, by metric, as far as they were needed
 
     def _all_runs(self) -> Iterator[Any]:
         token: str | None = None
@@ -119,7 +121,6 @@ class Mirror:
                     raise
                 logging.warning("MLflow refuses what is to be told of %s %s: %s", *key, error)
                 self.forget_pending()
-            self._fresh.discard(self._runs.get(key, ""))  # its driver's own records may still come
 
     def _on_phase(self, record: Record) -> None:
         run = self._run(record["phase"], None, record, name=record["phase"])
@@ -139,8 +140,8 @@ class Mirror:
         key = (record["phase"], record["number"])
         again = key in self._runs
         run = self._run(*key, record, name=record["name"], tags=record["tags"])
-        if again:  # another attempt repeats the steps since its checkpoint
-            self._fresh.discard(run)
+        if again:  # another attempt, perhaps after one that somebody else has told of
+            self._forget_points(run)
             self._client.update_run(run, status="RUNNING")
         pending = self._of(run)
         pending.params |= {name: str(value)[:PARAM_CHARACTERS] for name, value in record["params"].items()}
@@ -166,7 +167,7 @@ class Mirror:
         status = {"complete": "FINISHED", "stopped": "FINISHED", "paused": "KILLED"}.get(record["state"], "FAILED")
         self._client.set_terminated(run, status, record["unix_ms"])
         self._states[key] = record["state"]
-        self._points.pop(run, None)
+        self._forget_points(run)
 
     def _on_front(self, record: Record) -> None:
         from mlflow.entities import Metric
@@ -200,7 +201,7 @@ class Mirror:
             run = self._client.create_run(self._experiment, record["unix_ms"], own, name or f"trial {number}")
             self._runs[key] = run.info.run_id
             self._states[key] = "running"
-            self._fresh.add(run.info.run_id)
+            self._last[run.info.run_id] = {}
         return self._runs[key]
 
     def _keep(self, run: str, paths: Iterable[str]) -> None:
@@ -235,21 +236,34 @@ class Mirror:
         params = [Param(name, value) for name, value in pending.params.items()]
         tags = [RunTag(name, value) for name, value in pending.tags.items()]
         while metrics or params or tags:
-            self._client.log_batch(run, metrics[:BATCH_METRICS], params[:BATCH_PARAMS], tags[:100])
-            metrics, params, tags = metrics[BATCH_METRICS:], params[BATCH_PARAMS:], tags[100:]
+            n_metrics = BATCH_ALL - len(params[:BATCH_PARAMS]) - len(tags[:BATCH_TAGS])
+            self._client.log_batch(run, metrics[:n_metrics], params[:BATCH_PARAMS], tags[:BATCH_TAGS])
+            metrics, params, tags = metrics[n_metrics:], params[BATCH_PARAMS:], tags[BATCH_TAGS:]
 
     def _unknown_of(self, run: str, metrics: list[Any]) -> list[Any]:
-        """Those of `metrics` that MLflow does not have."""
+        """Those of `metrics` that MLflow does not have. Its curves are read only where they go as far as these."""
+        if metrics and run not in self._last:
+            self._last[run] = _last_steps(self._client.get_run(run))
         known = self._points.setdefault(run, {})
         unknown = []
         for metric in metrics:
-            if metric.key not in known:
-                there = [] if run in self._fresh else self._client.get_metric_history(run, metric.key)
-                known[metric.key] = {_point(each) for each in there}
-            if _point(metric) not in known[metric.key]:
-                known[metric.key].add(_point(metric))
+            points = known.setdefault(metric.key, set())
+            if metric.step <= self._last[run].get(metric.key, -1):
+                points.update(map(_point, self._client.get_metric_history(run, metric.key)))
+                del self._last[run][metric.key]
+            if _point(metric) not in points:
+                points.add(_point(metric))
                 unknown.append(metric)
         return unknown
+
+    def _forget_points(self, run: str) -> None:
+        self._points.pop(run, None)
+        self._last.pop(run, None)
+
+
+def _last_steps(run: Any) -> dict[str, int]:
+    """Metric -> the last step at which `run` has it, as MLflow keeps it beside the curves."""
+    return {metric.key: metric.step for metric in run.to_proto().data.metrics}
 
 
 def _point(metric: Any) -> Point:

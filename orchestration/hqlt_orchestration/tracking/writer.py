@@ -26,7 +26,7 @@ from hqlt_orchestration.tracking.told import Record
 
 RETRY_S = 2.0  # between two tries to reach MLflow
 IDLE_S = 0.5  # between two looks at the spool: what the pages of a running study lag behind
-BATCH_RECORDS = 500
+BATCH_RECORDS = 2000
 NICENESS = 10  # the mirror must not take a processor from a trial
 # An outage is waited for here, where nobody stands still for it; MLflow's own retries would hide it for minutes, and
 # send a batch again whose answer was lost.
