@@ -87,8 +87,9 @@ Drive = Callable[[Study, Store], str]
 def drive() -> Drive:
     """What `hqlt study run` does, in this process and without MLflow; returns how it ended."""
     from hqlt_orchestration.driving.inline import InlineExecutor
+    from hqlt_orchestration.driving.interrupts import Interrupts
     from hqlt_orchestration.driving.progress import ProgressView
-    from hqlt_orchestration.driving.runner import Driver, Interrupts
+    from hqlt_orchestration.driving.runner import Driver
     from hqlt_orchestration.driving.sampler import Proposer
     from hqlt_orchestration.records.tables import StudyRow
 

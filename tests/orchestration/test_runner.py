@@ -14,8 +14,9 @@ from hqlt_orchestration.commands.look import status_text
 from hqlt_orchestration.commands.rerun import rerun
 from hqlt_orchestration.driving.executor import Crashed, Event, Executor, Finished, Job, Measured
 from hqlt_orchestration.driving.inline import InlineExecutor
+from hqlt_orchestration.driving.interrupts import Interrupts
 from hqlt_orchestration.driving.progress import ProgressView
-from hqlt_orchestration.driving.runner import Driver, Ending, Interrupts
+from hqlt_orchestration.driving.runner import Driver, Ending
 from hqlt_orchestration.driving.sampler import Proposer
 from hqlt_orchestration.records.attempts import AttemptKey
 from hqlt_orchestration.records.leases import take_back

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from hqlt_orchestration.driving.sampler import Exhausted, Proposal, Proposer, seed_of
-from hqlt_orchestration.records.ledger import Ledger, NewTrial
+from hqlt_orchestration.records.ledger import Ledger
 from hqlt_orchestration.records.store import Store
 from hqlt_orchestration.records.tables import StudyRow
 from hqlt_search_space.study import Study
@@ -31,9 +31,10 @@ def run(ledger: Ledger, study: Study, proposers: Iterator[Proposer], n_trials: i
     for number in range(n_trials):
         proposer = next(proposers)
         taken = {proposal.config.config_id for proposal in done}
-        proposal = proposer.propose(number, taken.__contains__, len(taken))
-        ledger.add_trial(study.name, NewTrial("search", proposal.config, proposal.choices, proposal.costs, (0,)))
-        proposer.accept(number, proposal.stored())
+        proposal = proposer.propose(taken)
+        new = proposal.new_trial((0,))
+        ledger.add_trial(study.name, new)
+        proposer.accept(number, new.proposal)
         proposer.tell(number, [proposal.costs[name] for name in study.objectives])
         done.append(proposal)
     return done
@@ -74,7 +75,7 @@ def test_a_finite_space_is_run_once_and_then_ends(
     ids = {proposal.config.config_id for proposal in done}
     assert len(ids) == size
     with pytest.raises(Exhausted):
-        proposer.propose(size, ids.__contains__, size)
+        proposer.propose(ids)
 
 
 def test_what_breaks_a_constraint_is_neither_proposed_nor_counted(
@@ -94,7 +95,7 @@ def test_when_nothing_new_is_found_the_reason_names_the_constraint(
     study = make_study("random", constraints={"state_bytes": {"max": 1}})
     add(ledger, study)
     with pytest.raises(Exhausted, match="state_bytes is above max 1"):
-        Proposer(study, ledger).propose(0, set().__contains__, 0)
+        Proposer(study, ledger).propose(())
 
 
 def test_every_axis_is_suggested_every_time(make_study: Callable[..., Study], ledger: Ledger) -> None:
@@ -111,10 +112,11 @@ def test_a_failed_and_a_stopped_trial_have_no_values_and_the_first_tell_stands(
     study = make_study("nsga2")
     add(ledger, study)
     proposer = Proposer(study, ledger)
-    run(ledger, study, itertools.repeat(proposer), 1)
+    taken = {done.config.config_id for done in run(ledger, study, itertools.repeat(proposer), 1)}
     for number, ending in ((1, None), (2, "stopped"), (3, [float("inf"), 1.0])):
-        proposal = proposer.propose(number, set().__contains__, number)
-        proposer.accept(number, proposal.stored())
+        proposal = proposer.propose(taken)
+        taken.add(proposal.config.config_id)
+        proposer.accept(number, proposal.new_trial((0,)).proposal)
         values = ending if isinstance(ending, list) else None
         proposer.tell(number, values, stopped=ending == "stopped")
         proposer.tell(number, [1.0, 1.0])

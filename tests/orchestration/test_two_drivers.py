@@ -11,7 +11,7 @@ from hqlt_orchestration.commands.invariants import invariants
 from hqlt_orchestration.driving.sampler import Proposer
 from hqlt_orchestration.records.attempts import AttemptKey
 from hqlt_orchestration.records.leases import Leases
-from hqlt_orchestration.records.ledger import NewTrial, Refused
+from hqlt_orchestration.records.ledger import Refused
 from hqlt_orchestration.records.store import Store
 from hqlt_orchestration.records.tables import StudyRow
 from hqlt_search_space.study import Study
@@ -58,8 +58,8 @@ def ask_and_tell(make_outcome: MakeOutcome, study: Study, store: Store) -> None:
     proposer, leases = Proposer(study, ledger), Leases(ledger, "small", "ray")
     taken: set[str] = set()
     while True:
-        proposal = proposer.propose(len(taken), taken.__contains__, len(taken))
-        new = NewTrial("search", proposal.config, proposal.choices, proposal.costs, (0,), None, proposal.stored())
+        proposal = proposer.propose(taken)
+        new = proposal.new_trial((0,))
         key = leases.claim(new)
         if key == Refused("budget"):
             break
@@ -68,7 +68,7 @@ def ask_and_tell(make_outcome: MakeOutcome, study: Study, store: Store) -> None:
             continue
         assert key == AttemptKey(key.number, 0, 1)
         taken.add(proposal.config.config_id)
-        proposer.accept(key.number, proposal.stored())
+        proposer.accept(key.number, new.proposal)
         leases.commit(key, make_outcome(proposal.config))
         costs = [proposal.costs[name] for name in study.objectives]
         proposer.tell(key.number, costs)

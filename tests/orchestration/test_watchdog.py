@@ -1,18 +1,21 @@
 """What stands still is ended and tried again: judged with a clock of the test's own, and with real processes."""
 
+import ctypes
 import fcntl
 import os
 import signal
 from collections.abc import Callable
 from contextlib import closing
 from io import StringIO
+from typing import Any
 
 import psutil
 import pytest
 from hqlt_orchestration.driving.executor import Event, Measured, Moved
+from hqlt_orchestration.driving.interrupts import Interrupts
 from hqlt_orchestration.driving.progress import ProgressView
 from hqlt_orchestration.driving.ray_pool import RayExecutor
-from hqlt_orchestration.driving.runner import Driver, Ending, Interrupts
+from hqlt_orchestration.driving.runner import Driver, Ending
 from hqlt_orchestration.driving.sampler import Proposer
 from hqlt_orchestration.driving.watchdog import Watchdog
 from hqlt_orchestration.records.attempts import AttemptKey, replica_folder
@@ -88,23 +91,25 @@ def test_a_driver_that_stood_still_itself_finds_nobody_hung() -> None:
     assert watchdog.look() == {}
 
 
+See = Callable[[Event, Any], None]
+"""Is given every event, and the one actor."""
+
+
 class Shown(RayExecutor):
     """Processes of Ray, whose every event the test sees."""
 
-    def __init__(self, see: Callable[[Event], None]) -> None:
+    def __init__(self, see: See) -> None:
         super().__init__(slots=1, cpus=1, gpus=0)
         self._see = see
 
     def poll(self, timeout_s: float) -> list[Event]:
         events = super().poll(timeout_s)
         for event in events:
-            self._see(event)
+            self._see(event, self._slots[0].actor)
         return events
 
 
-def drive_processes(
-    study: Study, store: Store, see: Callable[[Event], None], output: StringIO
-) -> tuple[Ending, list[AttemptRow]]:
+def drive_processes(study: Study, store: Store, see: See, output: StringIO) -> tuple[Ending, list[AttemptRow]]:
     """The study run to its end, and its attempts."""
     ledger: Ledger = store.open()
     ledger.add_study(StudyRow(study.name, study.model_dump_json(), "", "h", study.n_trials, "open", None, None, 0.0))
@@ -129,16 +134,20 @@ def workers() -> list[psutil.Process]:
     return [p for p in psutil.Process().children(recursive=True) if "ray::Worker" in " ".join(p.cmdline())]
 
 
-def test_a_stopped_process_is_ended_and_its_trial_quarantined_after_the_second_time(
+def test_a_process_that_is_stopped_or_holds_the_interpreter_in_a_call_is_ended_and_the_second_time_quarantined(
     ray: None, make_training: MakeStudy, store: Store
 ) -> None:
-    stopped: list[AttemptKey] = []
+    stuck: list[AttemptKey] = []
 
-    def see(event: Event) -> None:
-        if isinstance(event, Measured | Moved) and event.key.number == 0 and event.key not in stopped:
-            stopped.append(event.key)
+    def see(event: Event, actor: Any) -> None:
+        if not isinstance(event, Measured | Moved) or event.key.number != 0 or event.key in stuck:
+            return
+        stuck.append(event.key)
+        if event.key.attempt == 1:
             for worker in workers():
                 os.kill(worker.pid, signal.SIGSTOP)
+        else:  # PyDLL keeps the interpreter's lock, so no thread of the process goes on
+            actor.__ray_call__.remote(lambda _worker: ctypes.PyDLL(None).sleep(10_000))
 
     output = StringIO()
     study = make_training(steps=300, trials=2, resources={"gpu": 0, "hang_after_s": 3})
@@ -161,7 +170,7 @@ def test_a_process_that_answers_but_makes_no_step_is_ended_too(
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # what the worker waits for; it does not say who has it
 
-        def see(event: Event) -> None:
+        def see(event: Event, actor: Any) -> None:
             lock.close()  # the first event is the end of the first attempt
 
         study = make_training(steps=20, trials=1, sampler="random", resources={"gpu": 0, "hang_after_s": 1})

@@ -154,7 +154,8 @@ def _drive(study: Study, store: Store, ledger: Ledger, machine: Machine) -> int:
                 view.say(warning)
             return found
 
-        from hqlt_orchestration.driving.runner import Driver, Interrupts
+        from hqlt_orchestration.driving.interrupts import Interrupts
+        from hqlt_orchestration.driving.runner import Driver
         from hqlt_orchestration.tracking.spool import Spool
 
         proposer = None

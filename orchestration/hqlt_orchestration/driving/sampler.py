@@ -13,7 +13,7 @@ import logging
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -33,7 +33,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hqlt_orchestration.records.database import configure_sqlite, patiently, store_errors
 from hqlt_orchestration.records.history import engine_options, find_start, write_end, write_start
-from hqlt_orchestration.records.ledger import Ledger
+from hqlt_orchestration.records.ledger import Ledger, NewTrial
 
 REASKS = 200  # suggestions of the study's own sampler for one trial, then
 RANDOM_REASKS = 2000  # uniform ones, which a sampler that has narrowed in cannot starve
@@ -54,9 +54,10 @@ class Proposal:
     params: dict[str, AxisValue]
     attributes: dict[str, Any] = field(default_factory=dict)
 
-    def stored(self) -> dict[str, Any]:
-        """What the ledger keeps, so that Optuna can be told of the trial even after a crash."""
-        return {"params": self.params, "attributes": self.attributes}
+    def new_trial(self, seeds: tuple[int, ...]) -> NewTrial:
+        """For the ledger, which keeps what Optuna must know of the trial even after a crash."""
+        stored = {"params": self.params, "attributes": self.attributes}
+        return NewTrial("search", self.config, self.choices, self.costs, seeds, proposal=stored)
 
 
 class Exhausted(Exception):  # noqa: N818  the end of a space is no error
@@ -94,8 +95,8 @@ class Proposer:
             load_if_exists=True,
         )
 
-    def propose(self, number: int, is_taken: Callable[[str], bool], n_taken: int) -> Proposal:
-        """A config for trial `number`. `is_taken` says whether a config id is in the study, which has `n_taken`.
+    def propose(self, taken: Collection[str]) -> Proposal:
+        """A config for the next trial of the study, which has those of the ids `taken`, one a trial.
 
         Raises:
             Exhausted: every feasible config is taken, or none was found in `REASKS + RANDOM_REASKS` suggestions.
@@ -103,11 +104,11 @@ class Proposer:
         if not self.alone:
             self._storage.look()
         for ask in range(REASKS + RANDOM_REASKS):
-            if ask == COUNT_AFTER and n_taken and n_taken == self._count():
-                raise Exhausted(f"all {n_taken} configs of the space are taken")
-            params, attributes = self._suggest(number, ask)
+            if ask == COUNT_AFTER and taken and len(taken) == self._count():
+                raise Exhausted(f"all {len(taken)} configs of the space are taken")
+            params, attributes = self._suggest(len(taken), ask)
             self._n_asked += 1
-            accepted = self._judge(params, is_taken)
+            accepted = self._judge(params, taken)
             if accepted is not None:
                 config, choices, cost = accepted
                 return Proposal(config, choices, cost, params, attributes)
@@ -120,14 +121,14 @@ class Proposer:
         return self._size
 
     def _judge(
-        self, params: Mapping[str, AxisValue], is_taken: Callable[[str], bool]
+        self, params: Mapping[str, AxisValue], taken: Collection[str]
     ) -> tuple[Config, dict[str, AxisValue], dict[str, float]] | None:
         try:
             config, choices = self._study.resolve(params)
         except InvalidArchError as error:
             self._refusals.update(error.reasons)
             return None
-        if is_taken(config.config_id):
+        if config.config_id in taken:
             self._refusals["it is in the study already"] += 1
             return None
         cost = costs(config)

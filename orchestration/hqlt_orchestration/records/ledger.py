@@ -9,8 +9,8 @@ is in `leases.py`, by what rules in `states.py`.
 import contextlib
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 from uuid import uuid4
 
@@ -58,11 +58,15 @@ class NewTrial:
 
     phase: Phase
     config: Config
-    choices: Mapping[str, Any]
-    costs: Mapping[str, float]
-    seeds: Sequence[int]
+    choices: dict[str, Any]
+    costs: dict[str, float]
+    seeds: tuple[int, ...]
     cell: str | None = None
-    proposal: Mapping[str, Any] | None = None
+    proposal: dict[str, Any] = field(default_factory=dict)
+
+    def row(self, number: int) -> TrialRow:
+        """The trial, once a driver runs it as `number`."""
+        return TrialRow(number, self.phase, self.config, self.choices, self.cell, self.costs, self.proposal, "running")
 
 
 @dataclass(frozen=True)
@@ -350,10 +354,10 @@ def take_in(tx: sa.Connection, study: str, new: NewTrial) -> int | Refused:
             phase=new.phase,
             config_id=new.config.config_id,
             config=new.config.canonical_json(),
-            choices=json.dumps(dict(new.choices)),
+            choices=json.dumps(new.choices),
             cell=new.cell,
-            costs=json.dumps(dict(new.costs)),
-            proposal=json.dumps(dict(new.proposal or {})),
+            costs=json.dumps(new.costs),
+            proposal=json.dumps(new.proposal),
             state="waiting",
             created_at=time.time(),
         )

@@ -1,14 +1,18 @@
 """From the ledger's rows to the values that the dashboards draw."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
+from typing import TypeVar
 
 from hqlt_search_space.study import Study
 from hqlt_search_space.trial import ReplicaResult, StudyResults, TrialRecord
 
 from hqlt_orchestration.records.ledger import Ledger
-from hqlt_orchestration.records.tables import ReplicaRow, TrialRow
+from hqlt_orchestration.records.tables import AttemptRow, ReplicaRow, TrialRow
+
+_OfTrial = TypeVar("_OfTrial", ReplicaRow, AttemptRow)
 
 
 def study_results(ledger: Ledger, name: str) -> StudyResults:
@@ -19,17 +23,29 @@ def study_results(ledger: Ledger, name: str) -> StudyResults:
     """
     row = ledger.study(name)
     study = Study.from_json(row.study)
-    replicas: dict[int, list[ReplicaRow]] = {}
-    for replica in ledger.replicas(name):
-        replicas.setdefault(replica.number, []).append(replica)
+    replicas = by_trial(ledger.replicas(name))
+    records = [trial_record(study, trial, replicas[trial.number]) for trial in ledger.trials(name)]
+    return results_of(study, row.budget, records)
+
+
+def results_of(study: Study, budget: int, records: Iterable[TrialRecord]) -> StudyResults:
+    """`records` as results of `study`."""
     return StudyResults(
-        name=name,
+        name=study.name,
         objectives=study.objective_list,
-        trials=tuple(trial_record(study, trial, replicas.get(trial.number, [])) for trial in ledger.trials(name)),
-        budget=row.budget,
+        trials=tuple(sorted(records, key=lambda record: record.number)),
+        budget=budget,
         seeds=study.seeds,
         constraints={cost: (bounds.min, bounds.max) for cost, bounds in study.constraints.items()},
     )
+
+
+def by_trial(rows: Iterable[_OfTrial]) -> defaultdict[int, list[_OfTrial]]:
+    """`rows` by the number of their trial, in their order."""
+    found: defaultdict[int, list[_OfTrial]] = defaultdict(list)
+    for row in rows:
+        found[row.number].append(row)
+    return found
 
 
 def trial_record(study: Study, trial: TrialRow, replicas: Sequence[ReplicaRow]) -> TrialRecord:

@@ -17,7 +17,8 @@ from hqlt_search_space.trial import ReplicaResult, Trial, TrialRecord
 
 from hqlt_orchestration.records.attempts import LOG_FILE, replica_folder
 from hqlt_orchestration.records.ledger import Ledger
-from hqlt_orchestration.records.results import minimised, study_results, trial_record
+from hqlt_orchestration.records.results import by_trial, minimised, study_results, trial_record
+from hqlt_orchestration.records.states import CRASHES
 from hqlt_orchestration.records.store import Store
 from hqlt_orchestration.records.tables import FINISHED, AttemptRow, ReplicaRow, State, StudyRow, TrialRow
 
@@ -144,23 +145,17 @@ def everything_ended(ledger: Ledger, store: Store, name: str) -> Iterator[Ended]
     """
     stored = ledger.study(name)
     study = Study.from_json(stored.study)
-    attempts: dict[int, list[AttemptRow]] = {}
-    for attempt in ledger.attempts(name):
-        attempts.setdefault(attempt.number, []).append(attempt)
-    replicas: dict[int, list[ReplicaRow]] = {}
-    for replica in ledger.replicas(name):
-        replicas.setdefault(replica.number, []).append(replica)
+    attempts, replicas = by_trial(ledger.attempts(name)), by_trial(ledger.replicas(name))
     rows = [row for row in ledger.trials(name) if row.state in FINISHED]
     scored = [trial_record(study, row, replicas[row.number]) for row in rows]
     ended: list[Ended] = []
     for row, record in zip(rows, scored, strict=True):
         own = [replica for replica in replicas[row.number] if replica.phase == row.phase]
-        tried = attempts.get(row.number, [])
-        ended.append(_ended(study, store, row.phase, row, row.state, own, record.objectives, tried))
+        ended.append(_ended(study, store, row.phase, row, row.state, own, record.objectives, attempts[row.number]))
     for row in rows:
         fresh = [replica for replica in replicas[row.number] if replica.phase == "replicate"]
         if fresh and all(replica.state in FINISHED for replica in fresh):
-            ended.append(_ended(study, store, "replicate", row, "complete", fresh, {}, attempts.get(row.number, [])))
+            ended.append(_ended(study, store, "replicate", row, "complete", fresh, {}, attempts[row.number]))
     phases = dict.fromkeys(each.phase for each in ended)
     for phase in phases:
         yield Ended(phase, None, "running", (phase_begins(phase, stored),))
@@ -205,7 +200,7 @@ def _ended(
 
 def died_of(state: State, attempts: Iterable[AttemptRow]) -> tuple[str, str] | None:
     """How the last attempt at a quarantined trial ended, and its last words."""
-    bad = [attempt for attempt in attempts if attempt.state in ("crashed", "hung", "out_of_memory")]
+    bad = [attempt for attempt in attempts if attempt.state in CRASHES]
     if state != "quarantined" or not bad:
         return None
     last = max(bad, key=lambda attempt: attempt.ended_at or 0.0)
