@@ -112,7 +112,7 @@ class Shown(RayExecutor):
 def drive_processes(study: Study, store: Store, see: See, output: StringIO) -> tuple[Ending, list[AttemptRow]]:
     """The study run to its end, and its attempts."""
     ledger: Ledger = store.open()
-    ledger.add_study(StudyRow(study.name, study.model_dump_json(), "", "h", study.n_trials, "open", None, None, 0.0))
+    ledger.add_study(StudyRow.of(study))
     with ProgressView(study.name, Console(file=output, width=300)) as view:
         driver = Driver(
             study,
@@ -138,11 +138,13 @@ def test_a_process_that_is_stopped_or_holds_the_interpreter_in_a_call_is_ended_a
     ray: None, make_training: MakeStudy, store: Store
 ) -> None:
     stuck: list[AttemptKey] = []
+    processes: list[psutil.Process] = []
 
     def see(event: Event, actor: Any) -> None:
         if not isinstance(event, Measured | Moved) or event.key.number != 0 or event.key in stuck:
             return
         stuck.append(event.key)
+        processes.extend(workers())
         if event.key.attempt == 1:
             for worker in workers():
                 os.kill(worker.pid, signal.SIGSTOP)
@@ -158,6 +160,7 @@ def test_a_process_that_is_stopped_or_holds_the_interpreter_in_a_call_is_ended_a
         (1, 1, "complete"),
     ]
     assert all((a.message or "").startswith("hung: no step for") for a in attempts[:2])
+    assert psutil.wait_procs(processes, timeout=30)[1] == []
     assert "it is tried again" in output.getvalue()
     assert "that was its last try: quarantined" in output.getvalue()
 
