@@ -68,23 +68,14 @@ def replicas(draw: st.DrawFn) -> ReplicaResult:
 
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
-def test_trials_and_results_round_trip_through_json(data: st.DataObject, sensible_settings: Strategy) -> None:
+def test_trials_and_results_round_trip_through_json(
+    data: st.DataObject, sensible_settings: Strategy, environment: Environment
+) -> None:
     arch, _ = build_arch(data.draw(sensible_settings))
     recipe = Recipe(learning_rate=data.draw(st.floats(1e-8, 1.0)), clip=data.draw(st.none() | st.just(1.0)))
     config = Config(arch=arch, recipe=recipe, task=data.draw(st.sampled_from(TASKS)))
     trial = Trial(config=config, seeds=(0, 5), rungs=(10, 20), runtime=Runtime(device="cuda"), study="s", number=3)
     done = data.draw(replicas())
-    environment = Environment(
-        python="3.11",
-        torch="2.13",
-        hqlt="0.1",
-        source_version=None,
-        platform="Linux",
-        cpu="x",
-        instruction_set="avx2",
-        n_threads=1,
-        device="cpu",
-    )
     backends = (Backend(operator="blend", backend="chunked", reason="cpu"),)
     result = TrialResult(trial=trial, replicas=(done,), backends=backends, environment=environment)
     record = TrialRecord(
