@@ -100,35 +100,91 @@ def test_a_short_sequence_is_one_program_with_all_its_gradients(case):
     options |= {"feature_map": case.get("features", "silu_l2"), "fw_chunk": case.get("fw_chunk")}
     sizes = {name: case[name] for name in ("n_tokens", "beta", "decay", "gate") if name in case}
     tensors = inputs(dtype=dtype, **sizes)
-    assert blend_operator.is_short(tensors[0].to(dtype), tensors[2].to(dtype), 0.0)
+    assert blend_operator._is_short(tensors[0].to(dtype), tensors[2].to(dtype), 0.0)
     truth = with_gradients(public("definition", **options), tensors, [torch.float64] * 6)
     ours = with_gradients(fused(**options), tensors, [dtype] * 3 + [torch.float32] * 2 + [dtype])
     errors = {name: relative_error(ours[name], exact) for name, exact in truth.items()}
     assert max(errors.values()) < allowed, errors
 
 
-@pytest.mark.parametrize(("dtype", "n_tokens"), [(torch.float32, 90), (torch.float16, 20)], ids=["scans", "short"])
-def test_replicas_under_vmap_are_one_call_each(dtype, n_tokens):
+LINEAR = [
+    {"timing": "synchronous", "window": 8, "n_tokens": 40},
+    {"timing": "synchronous", "window": None, "n_tokens": 64, "head_dim": 64},
+    {"timing": "delayed_streaming", "window": 8, "n_tokens": 40},
+    {"timing": "delayed_streaming", "window": 40, "n_tokens": 15},  # nothing leaves the window
+    {"timing": "delayed_chunk", "window": 8, "n_tokens": 63, "gate": False},
+    {"timing": "delayed_chunk", "window": 16, "fw_chunk": 64, "n_tokens": 40},  # nothing is read
+]
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", [torch.bfloat16] if CUDA else [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("normaliser", ["time", "heads"])
+@pytest.mark.parametrize("case", LINEAR, ids=lambda c: "-".join(map(str, c.values())))
+def test_a_normaliser_is_in_the_one_program_with_all_its_gradients(case, normaliser, dtype, monkeypatch):
+    if dtype == torch.float32:  # is not one program by choice, but would be right
+        monkeypatch.setattr(blend_operator, "is_short", lambda *_: True)
+    options = {"timing": case["timing"], "window": case["window"], "fw_chunk": case.get("fw_chunk")}
+    options |= {"normaliser": normaliser, "feature_map": "elu_plus_one", "delay_beta": False, "kv_rope_base": None}
+    sizes = {name: case[name] for name in ("n_tokens", "head_dim", "gate") if name in case}
+    tensors = inputs(dtype=dtype, beta=False, **sizes)
+    stored = [dtype] * 6
+    truth = with_gradients(public("definition", **options), tensors, [torch.float64] * 6)
+    same = with_gradients(public("chunked", **options), tensors, stored)
+    assert_as_good_as_torch(with_gradients(fused(**options), tensors, stored), same, truth, factor=2)
+
+
+def test_of_one_token_linear_attention_with_a_normaliser_answers_its_value_whatever_the_query():
+    dtype = torch.bfloat16 if CUDA else torch.float16
+    tensors = inputs(dtype=dtype, beta=False, gate=False, n_tokens=1)
+    run = fused(
+        timing="synchronous", window=8, delay_beta=False, feature_map="elu_plus_one", kv_rope_base=None,
+        normaliser="time",
+    )  # fmt: skip
+    found = with_gradients(run, tensors, [dtype] * 6)
+    assert torch.equal(found["fw"], tensors[2].to(dtype))
+    assert max(found["dq"].abs().max(), found["dk"].abs().max()) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "n_tokens", "linear"),
+    [
+        (torch.float32, 90, {}),
+        (torch.float16, 20, {}),
+        (torch.float16, 20, {"normaliser": "heads", "feature_map": "elu_plus_one"}),
+    ],
+    ids=["scans", "short", "normaliser over heads"],
+)
+def test_replicas_under_vmap_are_one_call_each(dtype, n_tokens, linear):
     tensors = [x.to(dtype) for x in inputs(dtype=dtype, n_tokens=n_tokens, batch=3) if x is not None]
     stacked = [x.unsqueeze(1) for x in tensors]
-    run = fused(timing="synchronous", window=8, delay_beta=False, feature_map="silu_l2", kv_rope_base=None)
+    options = {"timing": "synchronous", "window": 8, "delay_beta": False, "kv_rope_base": None}
+    run = fused(**options | {"feature_map": "silu_l2"} | linear)
 
     def mixed(q, k, v, beta, gate):
-        return run(q, k, v, beta, None, gate)[2]
+        return run(q, k, v, None if linear else beta, None, gate)[2]
 
     each = torch.stack([mixed(*(x[i] for x in stacked)) for i in range(3)])
     assert torch.equal(torch.vmap(mixed)(*stacked), each)
+
+
+CONTRACT = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
 def test_the_custom_operator_keeps_pytorchs_contract():
     q, k, v, beta, log_decay, gate = (
         x.float().requires_grad_() for x in inputs(dtype=torch.float32, decay=True, n_tokens=40)
     )
-    torch.library.opcheck(
-        blend_operator.blend_forward,
-        (q, k, v, beta, log_decay, gate, 16, 1e4, False, 1, 1.0, 0, 0, True),
-        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    arguments = (q, k, v, beta, log_decay, gate, 16, 1e4, False, 1, 0, 1.0, 0, 0, True)
+    torch.library.opcheck(blend_operator.blend_forward, arguments, test_utils=CONTRACT)
+
+
+def test_the_custom_operator_keeps_it_with_a_normaliser():
+    q, k, v, gate = (
+        x.half().requires_grad_() for x in inputs(dtype=torch.float16, n_tokens=20, beta=False) if x is not None
     )
+    arguments = (q, k, v, None, None, gate, 16, 0.0, False, 2, 2, 1.0, 0, 0, True)
+    torch.library.opcheck(blend_operator.blend_forward, arguments, test_utils=CONTRACT)
 
 
 def test_the_operator_is_traced_into_one_graph():

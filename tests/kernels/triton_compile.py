@@ -12,6 +12,7 @@ import torch
 import triton
 from hqlt_kernels.adamw.triton_kernels import adamw_kernel
 from hqlt_kernels.blend import triton_short_kernels as short
+from hqlt_kernels.blend.triton_operator import HEADS_ROWS
 from hqlt_kernels.block_parts import triton_kernels as block_parts
 from hqlt_kernels.fast_weight import triton_kernels as fast_weight
 from hqlt_kernels.fast_weight.triton_gradient import gradient_kernel
@@ -23,7 +24,19 @@ from hqlt_kernels.window_attention import triton_near_kernels as near
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-FLOAT32 = ("gates", "norms", "initial", "final", "dfinal", "dinitial", "log_decay", "dlog_decay", "lse", "delta")
+FLOAT32 = (
+    "gates",
+    "norms",
+    "dnorm",
+    "initial",
+    "final",
+    "dfinal",
+    "dinitial",
+    "log_decay",
+    "dlog_decay",
+    "lse",
+    "delta",
+)
 INTEGERS = ("T", "NT", "n_queries", "n_keys", "n_tokens", "window", "phase")
 
 
@@ -99,10 +112,18 @@ def main() -> None:
     for kernel in (window.query_gradient_kernel, window.key_value_gradient_kernel):
         out[kernel.__name__.removesuffix("_kernel") + " window 128"] = report(kernel, blocks, 4, 2)
     heads = {"H": 4, "K": 32, "V": 32, "BT": 64, "READ": 0, "SHIFT": 0, "ALIGNED": False, "MIX": True, "PREC": "tf32"}
-    heads |= mapped | {"DELTA": True, "DECAY": False, "log_decay": None}
-    out["short forward"] = report(short.short_forward_kernel, heads | {"kv": None, "fw": None}, 4, 1, 168)
+    heads |= mapped | {"DECAY": False, "log_decay": None}
     gone = {"dkv": None, "dfw": None, "dlog_decay": None}
-    out["short backward"] = report(short.short_backward_kernel, heads | gone, 4, 1)
+    delta = {"DELTA": True, "NORMALISER": 0}
+    out["short forward"] = report(short.short_forward_kernel, heads | delta | {"kv": None, "fw": None}, 4, 1, 168)
+    out["short backward"] = report(short.short_backward_kernel, heads | delta | gone | {"dnorm": None}, 4, 1)
+    linear = {"DELTA": False, "beta": None, "FEATURE": 2}
+    for name, normaliser, unused in (("time", 1, {"dnorm": None}), ("heads", 2, {})):
+        over = heads | linear | {"NORMALISER": normaliser}
+        out[f"short forward, {name}"] = report(short.short_forward_kernel, over | {"kv": None, "fw": None}, 4, 1, 168)
+        out[f"short backward, {name}"] = report(
+            short.short_backward_kernel, over | gone | unused | {"dbeta": None}, 4, 1
+        )
     json.dump(out | passes(), sys.stdout)
 
 
@@ -117,7 +138,9 @@ def passes() -> dict[str, Any]:
     tile_gradient = tile | {"HAS_DTOTAL": True, "AGAIN": True, "dgate": None}
     embedding = {"D": 128, "BLOCK": 64, "ROWS": 32}
     table = dict.fromkeys(adamw_kernel.arg_names, "*fp32") | {"n": "i32", "n_decayed": "i32", "takes": "*i1"}
+    of_keys = {"H": 4, "K": 32, "ROWS": HEADS_ROWS, "SHIFT": 0, "FEATURE": 2}
     jobs: dict[str, tuple[Any, dict[str, Any], dict[str, str]]] = {
+        "heads gradient": (short.heads_gradient_kernel, of_keys, {"n_rows": "i32"}),
         "split": (projections.split_kernel, parts | {"ROWS": projections_operator.SPLIT_ROWS, "SAVE": True}, kinds),
         "split gradient": (
             projections.split_gradient_kernel,

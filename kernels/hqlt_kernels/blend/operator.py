@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
-from hqlt_kernels.backends import Forced, choose_backend
+from hqlt_kernels.backends import Forced
 from hqlt_kernels.blend import chunked, definition
+from hqlt_kernels.blend.choice import choose_blend, kernel_dtype
 from hqlt_kernels.blend.state import TIMINGS, BlendOutput, BlendState, Timing, Tokens
-from hqlt_kernels.fast_weight.operator import Normaliser
+from hqlt_kernels.fast_weight.operator import Normaliser, check_normaliser
 from hqlt_kernels.feature_maps import FeatureMap
 
 
@@ -59,21 +60,23 @@ def blend(
         BackendUnavailableError: a forced backend cannot run here.
     """
     _check(timing, window, fw_chunk)
-    chosen = choose_backend(
-        "blend", device=q.device, dtype=q.dtype, head_dim=q.shape[-1], value_dim=v.shape[-1], forced=backend
+    check_normaliser(normaliser, beta, log_decay)
+    chosen = choose_blend(
+        n_tokens=q.shape[1],
+        window=window,
+        device=q.device,
+        dtype=kernel_dtype(q, k, v),
+        head_dim=q.shape[-1],
+        value_dim=v.shape[-1],
+        normaliser=normaliser,
+        several_writes=k.dim() == 5,
+        kv_positions=kv_rope_base is not None,
+        fw_positions=fw_rope_base is not None,
+        carries_state=state is not None or return_state,
+        forced=backend,
     ).backend
     fw_chunk = window if fw_chunk is None else fw_chunk
-    fits_one_operator = (
-        state is None
-        and not return_state
-        and normaliser == "none"
-        and fw_rope_base is None
-        and k.dim() == 4
-        and q.shape[1] > 0
-        and (window is not None or q.shape[1] <= 256)  # attention to all keys is better done by itself
-        and (gate is None or gate.shape == v.shape)
-    )
-    if chosen == "triton" and fits_one_operator:
+    if chosen == "triton" and q.shape[1] > 0 and (gate is None or gate.shape == v.shape):
         from hqlt_kernels.blend import triton_operator  # triton is there only where it can run
 
         kv, fw, mixed = triton_operator.blend(
@@ -88,6 +91,7 @@ def blend(
             delay_beta=delay_beta,
             fw_chunk=fw_chunk,
             feature_map=feature_map,
+            normaliser=normaliser,
             kv_rope_base=kv_rope_base,
         )
         return BlendOutput(kv, fw, mixed, None)

@@ -20,8 +20,10 @@ from torch.nn import functional
 
 from hqlt_kernels.blend import triton_kernels as kernels
 from hqlt_kernels.blend import triton_short_kernels as short_kernels
+from hqlt_kernels.blend.choice import SHORT, is_short, kernel_dtype
 from hqlt_kernels.blend.state import Timing
 from hqlt_kernels.fast_weight import triton_operator as fast_weight
+from hqlt_kernels.fast_weight.operator import NORMALISERS, Normaliser
 from hqlt_kernels.feature_maps import FEATURE_MAPS, FeatureMap
 from hqlt_kernels.triton_eager import eager_operator, nobody_looks_on
 from hqlt_kernels.triton_replicas import fold_replicas
@@ -42,12 +44,12 @@ def blend(
     fw_chunk: int | None,
     feature_map: FeatureMap,
     kv_rope_base: float | None,
+    normaliser: Normaliser = "none",
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """kv and fw, or with a gate mixed alone, [B, T, H, V]; whole sequences from position 0, one write a token."""
+    """kv and fw, or with a gate mixed alone, [B, T, H, V]; whole sequences from position 0, one write a token. Only
+    short ones may have a normaliser."""
     out_dtype = v.dtype
-    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
+    dtype = kernel_dtype(q, k, v)
     n_tokens = q.shape[1]
     shift = 0
     if timing == "delayed_streaming":
@@ -69,6 +71,7 @@ def blend(
         0.0 if kv_rope_base is None else kv_rope_base,
         aligned,
         FEATURE_MAPS.index(feature_map),
+        NORMALISERS.index(normaliser),
         q.shape[-1] ** -0.5,
         fw_chunk or 0 if aligned else 0,
         shift,
@@ -88,6 +91,7 @@ def run_forward(
     rope_base: float,
     aligned: bool,
     feature: int,
+    normaliser: int,
     scale: float,
     read: int,
     shift: int,
@@ -95,8 +99,9 @@ def run_forward(
 ) -> list[Tensor]:
     """kv, fw, mixed (those that are not asked for may be empty); then, unless the sequence is short, what the backward
     needs: what `window_forward` and what `fast_weight_forward` return after their first output."""
-    if is_short(q, v, rope_base):
-        return _short_forward(q, k, v, beta, log_decay, gate, window, aligned, feature, scale, read, shift)
+    if _is_short(q, v, rope_base):
+        return _short_forward(q, k, v, beta, log_decay, gate, window, aligned, feature, normaliser, scale, read, shift)
+    assert normaliser == 0, "the scans have no normaliser"
     with _beside(q.device) as join:
         fw, *saved = fast_weight.run_forward(q, k, v, beta, log_decay, None, feature, scale, read, shift, save)
     kv, weights = window_attention.run_forward(q, k, v, None, window, rope_base, aligned, 0, scale, save)
@@ -127,6 +132,7 @@ def run_backward(
     rope_base: float,
     aligned: bool,
     feature: int,
+    normaliser: int,
     scale: float,
     read: int,
     shift: int,
@@ -135,7 +141,7 @@ def run_backward(
     `blend_forward` but mixed, or nothing if the sequence is short."""
     if not saved:
         return _short_backward(
-            q, k, v, beta, log_decay, gate, dkv, dfw, dmixed, window, aligned, feature, scale, read, shift
+            q, k, v, beta, log_decay, gate, dkv, dfw, dmixed, window, aligned, feature, normaliser, scale, read, shift
         )
     kv, fw, weights, _final, q_features, k_features, transfer, gates, norms, states, writes = saved
     dgate = q.new_empty(0)
@@ -163,20 +169,24 @@ blend_backward = torch.library.custom_op("hqlt::blend_backward", run_backward, m
 
 
 BLOCK = 2048
+HEADS_ROWS = 64
+"""Tokens of a program that adds the gradient of the normaliser over heads."""
 
-SHORT = 64  # tokens that one program takes
-SHORT_HEAD_DIM = 64
 
-
-def is_short(q: Tensor, v: Tensor, rope_base: float) -> bool:
-    """Whether a head is one program. Positions are not turned there: the models for short sequences have none. In three
-    tf32 parts such a program is twice as slow as the scans."""
-    fits = q.shape[1] <= SHORT and max(q.shape[-1], v.shape[-1]) <= SHORT_HEAD_DIM
-    return fits and rope_base == 0 and q.dtype != torch.float32
+def _is_short(q: Tensor, v: Tensor, rope_base: float) -> bool:
+    return is_short(q.shape[1], max(q.shape[-1], v.shape[-1]), q.dtype, rope_base > 0)
 
 
 def _short_constants(
-    q: Tensor, v: Tensor, beta: Tensor | None, log_decay: Tensor | None, aligned: bool, feature: int, read: int
+    q: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    log_decay: Tensor | None,
+    aligned: bool,
+    feature: int,
+    normaliser: int,
+    read: int,
+    shift: int,
 ) -> dict[str, Any]:
     return {
         "H": q.shape[2],
@@ -184,8 +194,10 @@ def _short_constants(
         "V": v.shape[-1],
         "BT": SHORT,  # shorter tiles leave the Hopper tensor core, and are slower
         "READ": read,
+        "SHIFT": shift,
         "ALIGNED": aligned,
         "FEATURE": feature,
+        "NORMALISER": normaliser,
         "DELTA": beta is not None,
         "DECAY": log_decay is not None,
         "TINY": fast_weight._tiny(q.dtype),
@@ -205,6 +217,7 @@ def _short_forward(
     window: int,
     aligned: bool,
     feature: int,
+    normaliser: int,
     scale: float,
     read: int,
     shift: int,
@@ -212,7 +225,7 @@ def _short_forward(
     kv, fw, mixed = outputs = _answers(v, gate)
     short_kernels.short_forward_kernel[(q.shape[0] * q.shape[2],)](
         q, k, v, beta, log_decay, gate, kv, fw, mixed, q.shape[1], window, scale,
-        SHIFT=shift, MIX=gate is not None, **_short_constants(q, v, beta, log_decay, aligned, feature, read),
+        MIX=gate is not None, **_short_constants(q, v, beta, log_decay, aligned, feature, normaliser, read, shift),
         **window_attention.at_most_168_registers(q),
     )  # fmt: skip
     return outputs
@@ -239,6 +252,7 @@ def _short_backward(
     window: int,
     aligned: bool,
     feature: int,
+    normaliser: int,
     scale: float,
     read: int,
     shift: int,
@@ -247,10 +261,18 @@ def _short_backward(
     if gate is None:
         dkv = torch.zeros_like(v) if dkv is None else dkv
         dfw = torch.zeros_like(v) if dfw is None else dfw
+    over_heads = normaliser == NORMALISERS.index("heads")
+    dnorm = q.new_empty(q.shape[:3], dtype=torch.float32) if over_heads else None
     short_kernels.short_backward_kernel[(q.shape[0] * q.shape[2],)](
-        q, k, v, beta, log_decay, gate, dkv, dfw, dmixed, *gradients, q.shape[1], window, scale,
-        SHIFT=shift, MIX=gate is not None, **_short_constants(q, v, beta, log_decay, aligned, feature, read),
+        q, k, v, beta, log_decay, gate, dkv, dfw, dmixed, *gradients, dnorm, q.shape[1], window, scale,
+        MIX=gate is not None, **_short_constants(q, v, beta, log_decay, aligned, feature, normaliser, read, shift),
     )  # fmt: skip
+    if over_heads:
+        n_rows = q.shape[0] * q.shape[1]
+        short_kernels.heads_gradient_kernel[(triton.cdiv(n_rows, HEADS_ROWS),)](
+            q, k, dnorm, gradients[1], q.shape[1], n_rows,
+            H=q.shape[2], K=q.shape[-1], ROWS=HEADS_ROWS, SHIFT=shift, FEATURE=feature, num_warps=4,
+        )  # fmt: skip
     return gradients
 
 
@@ -275,8 +297,8 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 @blend_forward.register_fake
-def _(q, k, v, beta, log_decay, gate, window, rope_base, aligned, feature, scale, read, shift, save):  # type: ignore[no-untyped-def]  # torch calls it
-    if is_short(q, v, rope_base):
+def _(q, k, v, beta, log_decay, gate, window, rope_base, aligned, feature, normaliser, scale, read, shift, save):  # type: ignore[no-untyped-def]  # torch calls it
+    if _is_short(q, v, rope_base):
         return _answers(v, gate)
     kv, weights = window_attention.window_forward(q, k, v, None, window, rope_base, aligned, 0, scale, save)
     fw, *saved = fast_weight.fast_weight_forward(q, k, v, beta, log_decay, None, feature, scale, read, shift, save)
@@ -302,7 +324,7 @@ def _backward(
     inputs, saved = tensors[:6], list(tensors[6:])
     given = (None if g is None else g.contiguous() for g in grads[:3])
     out = run(*inputs, saved, *given, *ctx.options)
-    return (*(None if x is None else g for x, g in zip(inputs, out, strict=True)), *(None,) * 8)
+    return (*(None if x is None else g for x, g in zip(inputs, out, strict=True)), *(None,) * 9)
 
 
 eager_forward = eager_operator(run_forward, _setup_context, lambda ctx, *grads: _backward(ctx, grads, run_backward), 3)

@@ -8,6 +8,14 @@ What the backward needs transposed, it computes transposed, with an accumulator 
 stands (i: a query or the time of a write; D the decay between the two, M = tril(U dR^T)^T):
 
     dU^T = do^T P       dR^T = dU^T T       dq^T = k^T (D U do^T)       dk = (D U do^T) q - M^T k - (k^T M)^T
+
+Linear attention may have a normaliser in place of the scale: query i is multiplied by r_i = 1 / (q_i . z_i + 1e-10),
+where z_i is the sum of the keys that it reads (TIME: the weights P of a query then sum to one), or of its own token's
+keys of the heads up to this one (HEADS, which sums them itself: they are in the cache, from programs beside it). With
+the change of i's normaliser taken as that of one more weight, dn_i = -r_i (do_i . o_i):
+
+    TIME: dq_i and dk_j from r_i (do_i . U_j) + dn_i for U do^T      HEADS: dq_i += dn_i z_i, and key h is in the z of
+                                                                     every head from h on: `heads_gradient_kernel`
 """
 
 # ruff: noqa: SIM108  # Triton compiles a subset of Python; `if` on a constexpr takes code out
@@ -19,6 +27,11 @@ import triton.language as tl
 
 from hqlt_kernels.fast_weight.triton_kernels import _features, _features_backward, _inverse, _readable
 from hqlt_kernels.window_attention.triton_kernels import LOG2E, NEVER, _visible
+
+# Values of the constexpr NORMALISER; 0 is none.
+TIME = tl.constexpr(1)
+HEADS = tl.constexpr(2)
+NORMALISER_EPSILON = tl.constexpr(1e-10)
 
 
 @triton.jit
@@ -80,11 +93,34 @@ def _across(x, READ: tl.constexpr, BT: tl.constexpr):
 
 
 @triton.jit
+def _sum_of_heads(at, head, ok, K: tl.constexpr, BT: tl.constexpr, FEATURE: tl.constexpr):
+    """The features of the keys at `at` [BT, K], which are those of `head`, and of all heads before it, added up."""
+    total = tl.zeros((BT, K), tl.float32)
+    for back in range(head + 1):
+        y, _ = _features(tl.load(at - back * K, mask=ok[:, None], other=0.0).to(tl.float32), FEATURE, BT)
+        total += y
+    return total
+
+
+@triton.jit
+def _rates(
+    P, q, at, head, ok, K: tl.constexpr, BT: tl.constexpr, READ: tl.constexpr, FEATURE: tl.constexpr,
+    NORMALISER: tl.constexpr,
+):  # fmt: skip
+    """What a normaliser multiplies the queries by; zero where nothing is read, whose normaliser may be zero."""
+    if NORMALISER == TIME:
+        n = tl.sum(P, 1)
+    else:
+        n = tl.sum(q * _sum_of_heads(at, head, ok, K, BT, FEATURE), 1)
+    return tl.where(ok & (tl.arange(0, BT) >= READ), 1 / (n + NORMALISER_EPSILON), 0.0)
+
+
+@triton.jit
 def short_forward_kernel(
     q, k, v, beta, log_decay, gate, kv, fw, mixed, T, window, scale,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, READ: tl.constexpr, SHIFT: tl.constexpr,
-    ALIGNED: tl.constexpr, FEATURE: tl.constexpr, DELTA: tl.constexpr, DECAY: tl.constexpr, MIX: tl.constexpr,
-    TINY: tl.constexpr, PREC: tl.constexpr,
+    ALIGNED: tl.constexpr, FEATURE: tl.constexpr, NORMALISER: tl.constexpr, DELTA: tl.constexpr, DECAY: tl.constexpr,
+    MIX: tl.constexpr, TINY: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """kv and fw, or with MIX mixed, [B, T, H, V]; T at most BT. Grid B * H."""
     bh = tl.program_id(0).to(tl.int64)
@@ -117,7 +153,12 @@ def short_forward_kernel(
         U = tl.dot(_transfer(yk, b, gk, BT, DECAY, TYPE, PREC), xv, input_precision=PREC).to(TYPE)
     else:
         U = xv
-    P = _reads((yq * scale).to(TYPE), yk, gq, gk, BT, READ, DECAY, PREC)
+    if NORMALISER == 0:
+        P = _reads((yq * scale).to(TYPE), yk, gq, gk, BT, READ, DECAY, PREC)
+    else:
+        P = _reads(yq.to(TYPE), yk, gq, gk, BT, READ, DECAY, PREC)
+        at = k + keys - SHIFT * H * K
+        P *= _rates(P, yq, at, bh % H, ok_k, K, BT, READ, FEATURE, NORMALISER)[:, None]
     answer_fw = tl.dot(P.to(TYPE), U, input_precision=PREC)
 
     if MIX:
@@ -130,12 +171,15 @@ def short_forward_kernel(
 
 @triton.jit
 def short_backward_kernel(
-    q, k, v, beta, log_decay, gate, dkv, dfw, dmixed, dq, dk, dv, dbeta, dlog_decay, dgate, T, window, scale,
+    q, k, v, beta, log_decay, gate, dkv, dfw, dmixed, dq, dk, dv, dbeta, dlog_decay, dgate, dnorm, T, window, scale,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, READ: tl.constexpr, SHIFT: tl.constexpr,
-    ALIGNED: tl.constexpr, FEATURE: tl.constexpr, DELTA: tl.constexpr, DECAY: tl.constexpr, MIX: tl.constexpr,
-    TINY: tl.constexpr, PREC: tl.constexpr,
+    ALIGNED: tl.constexpr, FEATURE: tl.constexpr, NORMALISER: tl.constexpr, DELTA: tl.constexpr, DECAY: tl.constexpr,
+    MIX: tl.constexpr, TINY: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """All gradients; those of kv and fw, or with MIX that of mixed, are given. Grid B * H."""
+    """All gradients; those of kv and fw, or with MIX that of mixed, are given. Grid B * H.
+
+    With the normaliser over heads dk is not whole: dnorm [B, T, H] float32 are the gradients of the normalisers.
+    """
     bh = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BT)
     ok = i < T
@@ -150,7 +194,11 @@ def short_backward_kernel(
     xk = tl.load(k + keys - SHIFT * H * K, mask=ok_k[:, None], other=0.0)
     xv = tl.load(v + values - SHIFT * H * V, mask=ok_k[:, None], other=0.0)
     y, _ = _features(xq.to(tl.float32), FEATURE, BT)
-    qb = (y * scale).to(TYPE)
+    if NORMALISER == 0:
+        qb = (y * scale).to(TYPE)
+    else:
+        yq = y
+        qb = yq.to(TYPE)
     y, _ = _features(xk.to(tl.float32), FEATURE, BT)
     kb = tl.where(ok_k[:, None], y, 0.0).to(TYPE)
     gk, gq = _gates(log_decay, head, ok, H, BT, READ, DECAY)
@@ -161,7 +209,13 @@ def short_backward_kernel(
         U = tl.dot(X, xv, input_precision=PREC).to(TYPE)
     else:
         U = xv
-    P = _reads(qb, kb, gq, gk, BT, READ, DECAY, PREC).to(TYPE)
+    if NORMALISER == 0:
+        P = _reads(qb, kb, gq, gk, BT, READ, DECAY, PREC).to(TYPE)
+    else:
+        P = _reads(qb, kb, gq, gk, BT, READ, DECAY, PREC)
+        at = k + keys - SHIFT * H * K
+        rates = _rates(P, yq, at, bh % H, ok_k, K, BT, READ, FEATURE, NORMALISER)
+        P = (P * rates[:, None]).to(TYPE)
 
     # KV-memory, forward
     if SHIFT > 0:
@@ -182,6 +236,10 @@ def short_backward_kernel(
     else:
         da = tl.load(dkv + values, mask=ok[:, None], other=0.0)
         do = tl.load(dfw + values, mask=ok[:, None], other=0.0)
+        if NORMALISER > 0:
+            answer_fw = tl.dot(P, U, input_precision=PREC)
+    if NORMALISER > 0:
+        inner = tl.sum(do.to(tl.float32) * answer_fw, 1)
 
     # KV-memory, backward
     dw = tl.dot(da, tl.trans(av), input_precision=PREC)
@@ -208,15 +266,27 @@ def short_backward_kernel(
     dP = tl.dot(U, tl.trans(do), input_precision=PREC)  # [write, query]
     if DECAY:
         dP *= tl.exp2(tl.where(seen, gq[None, :] - gk[:, None], 0.0))
+    if NORMALISER == TIME:
+        dP -= inner[None, :]
     dP = tl.where(seen, dP, 0.0)
     if DECAY:
         dg = _across(dP * tl.dot(kb, tl.trans(qb), input_precision=PREC), READ, BT)
     dP = dP.to(TYPE)
-    dy = tl.trans(tl.dot(tl.trans(kb), dP, input_precision=PREC)) * scale
+    dy = tl.trans(tl.dot(tl.trans(kb), dP, input_precision=PREC))
+    if NORMALISER == 0:
+        dy *= scale
+    else:
+        dy *= rates[:, None]
+    if NORMALISER == HEADS:
+        dn = -inner * rates
+        dy += dn[:, None] * _sum_of_heads(k + keys - SHIFT * H * K, bh % H, ok_k, K, BT, FEATURE)
+        tl.store(dnorm + head + i * H, dn, mask=ok)
     x = tl.load(q + keys, mask=ok[:, None], other=0.0).to(tl.float32)  # again: registers are what is short here
     y, norm = _features(x, FEATURE, BT)
     sum_q += _features_backward(x, y, dy, norm, tl.sum(y * dy, 1), FEATURE)
     tl.store(dq + keys, sum_q.to(TYPE), mask=ok[:, None])
+    if NORMALISER > 0:
+        qb = (y * rates[:, None]).to(TYPE)
     dy = tl.dot(dP, qb, input_precision=PREC)
     if DELTA:
         M = tl.dot(U, dR.to(TYPE), input_precision=PREC)  # [write j, reader i]: the reader's own write knew of j
@@ -235,3 +305,25 @@ def short_backward_kernel(
     tl.store(dk + keys - SHIFT * H * K, sum_k.to(TYPE), mask=ok_k[:, None])
     if DECAY:
         tl.store(dlog_decay + head + i * H, dg.to(dlog_decay.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def heads_gradient_kernel(
+    q, k, dnorm, dk, T, n_rows,
+    H: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, SHIFT: tl.constexpr, FEATURE: tl.constexpr,
+):  # fmt: skip
+    """Adds to dk what comes through the normaliser over heads. Rows are tokens, B * T; grid cdiv(n_rows, ROWS)."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    ok = (row < n_rows) & (row % T >= SHIFT)
+    total = tl.zeros((ROWS, K), tl.float32)
+    for back in range(H):
+        head = row * H + (H - 1 - back)
+        at = head[:, None] * K + tl.arange(0, K)[None, :]
+        y, _ = _features(tl.load(q + at, mask=ok[:, None], other=0.0).to(tl.float32), FEATURE, ROWS)
+        total += tl.load(dnorm + head, mask=ok, other=0.0)[:, None] * y
+        at -= SHIFT * H * K
+        x = tl.load(k + at, mask=ok[:, None], other=0.0).to(tl.float32)
+        y, norm = _features(x, FEATURE, ROWS)
+        dx = _features_backward(x, y, total, norm, tl.sum(y * total, 1), FEATURE)
+        dx += tl.load(dk + at, mask=ok[:, None], other=0.0).to(tl.float32)
+        tl.store(dk + at, dx.to(dk.dtype.element_ty), mask=ok[:, None])

@@ -169,6 +169,14 @@ def rule_of(k: Tensor, beta: Tensor | None, log_decay: Tensor | None) -> Operato
     return "delta" if log_decay is None else "gated_delta"
 
 
+def check_normaliser(normaliser: Normaliser, beta: Tensor | None, log_decay: Tensor | None) -> None:
+    """Raises ValueError unless the rule may have this normaliser."""
+    if normaliser not in NORMALISERS:
+        raise ValueError(f"no normaliser {normaliser!r}; there is {', '.join(NORMALISERS)}")
+    if normaliser != "none" and (beta is not None or log_decay is not None):
+        raise ValueError(f"normaliser {normaliser!r} belongs to the additive rule; got beta or log_decay")
+
+
 def _at_chunk_starts(written: Tensor, z: Tensor | None, read_chunk: int) -> Tensor:
     """`written` [B, T, H, K], the sum of keys after each token, as it was before each token's chunk."""
     before = written.new_zeros(written[:, :1].shape) if z is None else z.unsqueeze(1)
@@ -196,10 +204,7 @@ def _check(
         raise ValueError(f"beta is {tuple(beta.shape)}, not {per_write}")
     if log_decay is not None and tuple(log_decay.shape) != (batch, n_tokens, n_heads):
         raise ValueError(f"log_decay is {tuple(log_decay.shape)}, not {(batch, n_tokens, n_heads)}")
-    if normaliser not in NORMALISERS:
-        raise ValueError(f"no normaliser {normaliser!r}; there is {', '.join(NORMALISERS)}")
-    if normaliser != "none" and (beta is not None or log_decay is not None):
-        raise ValueError(f"normaliser {normaliser!r} belongs to the additive rule; got beta or log_decay")
+    check_normaliser(normaliser, beta, log_decay)
     if read_chunk is not None and read_chunk < 1:
         raise ValueError(f"read_chunk is {read_chunk}; a chunk has at least one token")
     state_shape = (batch, n_heads, key_width, v.shape[-1] + (normaliser == "time"))
