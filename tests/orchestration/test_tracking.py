@@ -17,13 +17,19 @@ from typing import IO, Any
 
 import pytest
 from hqlt_orchestration.commands.invariants import mirror_violations
+from hqlt_orchestration.commands.look import status_text
 from hqlt_orchestration.commands.studies import Machine, run
+from hqlt_orchestration.driving.sampler import Proposer
+from hqlt_orchestration.records.attempts import AttemptKey
+from hqlt_orchestration.records.leases import Leases
 from hqlt_orchestration.records.store import Store
+from hqlt_orchestration.records.tables import StudyRow
 from hqlt_orchestration.tracking import told
 from hqlt_orchestration.tracking.mirror import Mirror
 from hqlt_orchestration.tracking.spool import Spool, read_position, unshipped_bytes, write_position
 from hqlt_orchestration.tracking.writer import catch_up, ship
 from hqlt_search_space.study import Study
+from hqlt_search_space.trial import TrialResult
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -308,6 +314,60 @@ def told_by_mlflow(store: Store) -> dict[str, list[Any]]:
         found = {name: connection.execute(query).fetchall() for name, query in queries.items()}
     connection.close()
     return found
+
+
+WAYS_TO_FAIL = {
+    "diverged": "diverged: 11 steps in a row were not finite, the last at step 17",
+    "out_of_memory": "out of memory at step 0, with 1 row at a time too",
+    "bad_data": "corpus.txt is not UTF-8 at byte 3",
+    "error": "Traceback (most recent call last):\nValueError: a mistake of ours",
+    "hung": "hung: no step for 121 s, after step 40 (allowed 120 s); its process was ended",
+    "crashed": "its worker process died (killed or faulted)",
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's own
+def test_every_way_to_fail_has_its_reason_in_the_ledger_in_status_and_in_mlflow(
+    tmp_path: Path, make_study: Callable[..., Study], make_outcome: Callable[..., TrialResult]
+) -> None:
+    study, store = make_study(trials=len(WAYS_TO_FAIL), sampler="random"), Store(tmp_path)
+    ledger = store.open()
+    ledger.add_study(StudyRow.of(study))
+    proposer, leases = Proposer(study, ledger), Leases(ledger, "small", "ray")
+    for reason, sentence in WAYS_TO_FAIL.items():
+        proposal = proposer.propose(set(ledger.config_ids("small")))
+        key = leases.claim(proposal.new_trial((0,)))
+        assert isinstance(key, AttemptKey)
+        if reason in ("hung", "crashed"):  # the second time it is quarantined
+            assert leases.release(key, reason, "the first time") == "waiting"
+            again = leases.take_next("search")
+            assert again is not None
+            assert leases.release(again, reason, sentence) == "quarantined"
+        else:
+            outcome = make_outcome(proposal.config, status="failed")
+            failed = outcome.replicas[0].model_copy(update={"reason": reason, "message": sentence})
+            assert leases.commit(key, outcome.model_copy(update={"replicas": (failed,)})) == "failed"
+    leases.leave()
+    results = [replica.result for replica in ledger.replicas("small")]
+    kept = {result.reason: result.message for result in results if result is not None}
+    kept |= {one.state: one.message for one in ledger.attempts("small") if one.state in ("hung", "crashed")}
+    assert kept == WAYS_TO_FAIL
+    shown = status_text(ledger, "small", as_json=False).splitlines()
+    for number, sentence in enumerate(WAYS_TO_FAIL.values()):
+        state = "failed" if number < 4 else "quarantined"
+        assert f"trial {number} {state}: {sentence.splitlines()[-1]}" in shown
+    ledger.close()
+    catch_up(store, "small")
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        tags = "SELECT run_uuid, value FROM tags WHERE key = "
+        told_by_mlflow = database.execute(
+            f"SELECT a.value, b.value FROM ({tags}'error.type') a JOIN ({tags}'error.message') b USING (run_uuid)"
+        ).fetchall()
+        ends = database.execute("SELECT DISTINCT status FROM runs WHERE name <> 'search'").fetchall()
+    database.close()
+    assert dict(told_by_mlflow) == WAYS_TO_FAIL
+    assert len(told_by_mlflow) == len(WAYS_TO_FAIL)
+    assert ends == [("FAILED",)]
 
 
 class Server:
