@@ -185,7 +185,7 @@ def ablation_table(results: StudyResults, metric: str) -> AblationTable:
             AblationRow(
                 cell=cell,
                 estimate=estimate(list(values[cell].values())) if values[cell] else None,
-                difference=None if cell == BASELINE else _paired(values[cell], baseline),
+                difference=None if cell == BASELINE else paired(values[cell], baseline),
                 missing=_missing(replicas[cell], seeds, set(values[cell])),
             )
             for cell in sorted(replicas, key=lambda cell: cell != BASELINE)  # stable: the rest keeps its order
@@ -193,7 +193,8 @@ def ablation_table(results: StudyResults, metric: str) -> AblationTable:
     )
 
 
-def _paired(values: dict[int, float], baseline: dict[int, float]) -> Estimate | None:
+def paired(values: dict[int, float], baseline: dict[int, float]) -> Estimate | None:
+    """`values` less `baseline`, both by seed, over the seeds that both have; None if there is none."""
     differences = [value - baseline[seed] for seed, value in values.items() if seed in baseline]
     return estimate(differences) if differences else None
 

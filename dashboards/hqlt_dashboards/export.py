@@ -42,7 +42,7 @@ def export_front(results: StudyResults, path: Path) -> None:
     if not members:
         raise NoResultError(f"study {results.name!r} has no complete trial yet, so it has no front to export")
     try:
-        _replace(path, write(results, members))
+        write_whole(path, write(results, members))
     except OSError as error:
         raise HqltError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
 
@@ -153,7 +153,7 @@ _WRITERS: dict[str, Callable[[StudyResults, Sequence[FrontMember]], bytes]] = {
 }
 
 
-def _replace(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """Make `content` the file `path` in one step: a reader, or a crash, meets the old file or the new one."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -9,6 +9,7 @@ import html
 import io
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 from plotly.subplots import make_subplots
 
+from hqlt_dashboards.ablation import BASELINE
 from hqlt_dashboards.front import FrontMember, front_members
 from hqlt_dashboards.seeds import Estimate
 from hqlt_dashboards.words import axis_label, describe, format_value, mixer_kinds
@@ -34,7 +36,10 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _MARKERS = (("o", "circle"), ("s", "square"), ("^", "triangle-up"), ("D", "diamond"), ("v", "triangle-down"))
 _FIRST_KINDS = ("hybrid", "attention", "fast_weight")  # they keep their colour in every picture
 _PALE = 0.35
-_LINE = "#555555"
+LINE_COLOUR = "#555555"
+GRID_COLOUR = "#e4e4e4"
+QUIET_COLOUR = "#9aa0a8"  # of curves that are there to compare with
+MOST_LINES = 300  # of those, drawn as lines; more become one image in an SVG, which would be slow to open
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +80,7 @@ class _Curve:
     seed: int
     steps: list[int]
     values: list[float]
-    on_front: bool
+    in_colour: bool
 
 
 def front_figure(results: StudyResults) -> Figure:
@@ -117,25 +122,28 @@ def front_chart(results: StudyResults) -> go.Figure:
 
 
 def curves_figure(results: StudyResults, metric: str) -> Figure:
-    """Learning curves of `metric`, a line per seed: the front's in full colour, the other trials' pale.
+    """Learning curves of `metric`, a line per seed: the front's in colour, or an ablation's baseline; the others grey.
 
     A stopped trial's line ends where it was stopped. A study without a reading of `metric` gives empty axes.
     """
     curves = list(_curves(results, metric))
-    styles = _styles(curve.kinds for curve in curves)
+    styles = _styles(curve.kinds for curve in curves if curve.in_colour)
     figure = Figure(figsize=(8.2, 5.0), layout="constrained")
     axes = figure.add_subplot()
     for curve in curves:
         axes.plot(
             curve.steps,
             curve.values,
-            color=styles[curve.kinds].colour,
-            linewidth=1.8 if curve.on_front else 0.8,
-            alpha=1.0 if curve.on_front else _PALE,
-            zorder=3 if curve.on_front else 2,
+            color=styles[curve.kinds].colour if curve.in_colour else QUIET_COLOUR,
+            linewidth=1.8 if curve.in_colour else 0.8,
+            zorder=3 if curve.in_colour else 2,
         )
+    if sum(not curve.in_colour for curve in curves) > MOST_LINES:
+        axes.set_rasterization_zorder(2.5)
     for kinds, style in styles.items():
         axes.plot([], [], color=style.colour, label=kinds)
+    if not all(curve.in_colour for curve in curves):
+        axes.plot([], [], color=QUIET_COLOUR, label="the others")
     _label_axes(axes, "step", metric, [], [value for curve in curves for value in curve.values])
     _finish(figure, _curves_title(results))
     return figure
@@ -144,7 +152,7 @@ def curves_figure(results: StudyResults, metric: str) -> Figure:
 def curves_chart(results: StudyResults, metric: str) -> go.Figure:
     """`curves_figure` as an interactive plotly chart."""
     curves = list(_curves(results, metric))
-    styles = _styles(curve.kinds for curve in curves)
+    styles = _styles(curve.kinds for curve in curves if curve.in_colour)
     chart = go.Figure()
     for curve in curves:
         chart.add_trace(
@@ -152,10 +160,12 @@ def curves_chart(results: StudyResults, metric: str) -> go.Figure:
                 x=curve.steps,
                 y=curve.values,
                 mode="lines",
-                legendgroup=curve.kinds,
+                legendgroup=curve.kinds if curve.in_colour else None,
                 showlegend=False,
-                opacity=1.0 if curve.on_front else _PALE,
-                line={"color": styles[curve.kinds].colour, "width": 2.4 if curve.on_front else 1.0},
+                line={
+                    "color": styles[curve.kinds].colour if curve.in_colour else QUIET_COLOUR,
+                    "width": 2.4 if curve.in_colour else 1.0,
+                },
                 text=html.escape(describe(curve.record.config.arch)),
                 hovertemplate=f"trial {curve.record.number}, seed {curve.seed}<br>%{{text}}<br>step %{{x}}: %{{y:.4g}}"
                 "<extra></extra>",
@@ -168,11 +178,13 @@ def curves_chart(results: StudyResults, metric: str) -> go.Figure:
 
 
 def curve_metric(results: StudyResults) -> str | None:
-    """The first objective that was read during training, else the training loss; None if nothing was read."""
+    """The first objective that some training read more than once, else the training loss; None if nothing was read."""
     replicas = [replica for record in results.trials for replica in record.replicas + record.replication]
-    known = {name for replica in replicas for reading in replica.curve for name in reading.metrics}
-    wanted = (*(objective.name for objective in results.objectives), "train_loss_nats")
-    return next((name for name in wanted if name in known), None)
+    counts = [Counter(name for reading in replica.curve for name in reading.metrics) for replica in replicas]
+    for objective in results.objectives:
+        if any(count[objective.name] > 1 for count in counts):
+            return objective.name
+    return "train_loss_nats" if any(count["train_loss_nats"] for count in counts) else None
 
 
 def png(figure: Figure, dots_per_inch: int = 150) -> bytes:
@@ -263,9 +275,10 @@ def _styles(kinds: Iterator[str] | Sequence[str]) -> dict[str, _Style]:
 
 
 def _curves(results: StudyResults, metric: str) -> Iterator[_Curve]:
-    """A curve for each seed that has readings, the front's last, so that they are drawn on top."""
-    members = {member.record.number for member in front_members(results)}
-    for record in sorted(results.trials, key=lambda record: record.number in members):
+    """A curve for each seed that has readings, those in colour last, so that they are drawn on top."""
+    chosen = {record.number for record in results.trials if record.cell == BASELINE}
+    chosen = chosen or {member.record.number for member in front_members(results)}
+    for record in sorted(results.trials, key=lambda record: record.number in chosen):
         replicas: tuple[ReplicaResult, ...] = record.replicas + record.replication
         for replica in replicas:
             points = [(p.step, p.metrics[metric]) for p in replica.curve if metric in p.metrics]
@@ -276,7 +289,7 @@ def _curves(results: StudyResults, metric: str) -> Iterator[_Curve]:
                     seed=replica.seed,
                     steps=[step for step, _ in points],
                     values=[value for _, value in points],
-                    on_front=record.number in members,
+                    in_colour=record.number in chosen,
                 )
 
 
@@ -289,7 +302,8 @@ def _title(results: StudyResults, dots: Sequence[_Dot]) -> str:
 
 
 def _curves_title(results: StudyResults) -> str:
-    return f"{results.name}: learning curves, a line per seed (bold: on the front)"
+    whose = "baseline" if any(record.cell == BASELINE for record in results.trials) else "on the front"
+    return f"{results.name}: learning curves, a line per seed (in colour: {whose})"
 
 
 def _label(name: str) -> str:
@@ -305,7 +319,7 @@ def _is_log(name: str, values: Sequence[float]) -> bool:
 def _draw_panel(axes: Axes, panel: _Panel, dots: Sequence[_Dot], styles: dict[str, _Style]) -> None:
     if panel.staircase is not None:
         xs, ys = panel.staircase
-        axes.step(xs, ys, where="post" if panel.holds_after else "pre", color=_LINE, linewidth=1.2, zorder=2)
+        axes.step(xs, ys, where="post" if panel.holds_after else "pre", color=LINE_COLOUR, linewidth=1.2, zorder=2)
     for kinds, style in styles.items():
         for on_front in (False, True):
             chosen = [dot for dot in dots if dot.kinds == kinds and dot.on_front is on_front]
@@ -351,7 +365,7 @@ def _draw_panel(axes: Axes, panel: _Panel, dots: Sequence[_Dot], styles: dict[st
 def _label_axes(axes: Axes, x: str, y: str, xs: Sequence[float], ys: Sequence[float]) -> None:
     axes.set_xlabel(_label(x), parse_math=False)
     axes.set_ylabel(_label(y), parse_math=False)
-    axes.grid(visible=True, color="#e4e4e4", linewidth=0.6)
+    axes.grid(visible=True, color=GRID_COLOUR, linewidth=0.6)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
@@ -419,7 +433,7 @@ def _panel_traces(panel: _Panel, dots: Sequence[_Dot], styles: dict[str, _Style]
         xs, ys = panel.staircase
         shape = "hv" if panel.holds_after else "vh"
         yield go.Scatter(
-            x=xs, y=ys, mode="lines", line={"shape": shape, "color": _LINE}, showlegend=False, hoverinfo="skip"
+            x=xs, y=ys, mode="lines", line={"shape": shape, "color": LINE_COLOUR}, showlegend=False, hoverinfo="skip"
         )
     for kinds, style in styles.items():
         for on_front in (False, True):

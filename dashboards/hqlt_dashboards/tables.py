@@ -48,7 +48,7 @@ def front_text(results: StudyResults, width: int = 80) -> str:
     members = front_members(results)
     if not members:
         return f"study {results.name!r} has no complete trial yet, so it has no front\n"
-    digits = _id_length(results)
+    digits = id_length(results)
     columns = [
         _Column("no.", [str(member.record.number) for member in members], right=True),
         _Column("trial", [member.record.trial_id[:digits] for member in members]),
@@ -59,7 +59,7 @@ def front_text(results: StudyResults, width: int = 80) -> str:
     if any(member.n_seeds != 1 or member.n_failed for member in members):
         columns.append(_Column("seeds", [_seeds(member) for member in members], right=True))
     mixers = _Column("mixers, first layer to last", [describe(member.record.config.arch) for member in members])
-    return _with_remarks(_lay_out(columns, mixers, 2, width), _remarks(results, members), width)
+    return _with_remarks(_lay_out(columns, mixers, 2, width), front_remarks(results, members), width)
 
 
 def ablation_text(table: AblationTable, width: int = 80) -> str:
@@ -131,7 +131,7 @@ def _seeds(member: FrontMember) -> str:
     return str(member.n_seeds) + (f"\n{member.n_failed} failed" if member.n_failed else "")
 
 
-def _remarks(results: StudyResults, members: Sequence[FrontMember]) -> list[str]:
+def front_remarks(results: StudyResults, members: Sequence[FrontMember]) -> list[str]:
     """What a reader must know about the values, a sentence each."""
     remarks: list[str] = []
     waiting = [member.record.number for member in members if not member.record.replication]
@@ -152,7 +152,7 @@ def _trials(numbers: Sequence[int]) -> str:
     return f"trial{'s' if len(numbers) > 1 else ''} {shown}" + (f" and {more} more" if more > 0 else "")
 
 
-def _id_length(results: StudyResults) -> int:
+def id_length(results: StudyResults) -> int:
     """The least number of digits, from 8 on, that tells the configs of the study apart."""
     ids = {record.trial_id for record in results.trials}
     longest = max((len(i) for i in ids), default=SHORTEST_ID)

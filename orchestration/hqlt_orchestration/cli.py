@@ -213,6 +213,20 @@ def ablation(
 
 
 @app.command()
+def report(
+    name: Name,
+    out: Annotated[Path | None, typer.Option(help="An .html file. Default: NAME-report.html, here.")] = None,
+    data: Data = DEFAULT_DATA,
+    store: Database = None,
+) -> None:
+    """A study on one page: what was asked, what came out, and how sure that is."""
+    from hqlt_orchestration.commands.report import report
+    from hqlt_orchestration.records.store import Store
+
+    report(name, out, Store(data, store))
+
+
+@app.command()
 def rerun(
     trial: TrialName,
     seed: Annotated[int | None, typer.Option(min=0, help="The seed: a stored one, or a new one.")] = None,

@@ -1,13 +1,24 @@
 """Studies as values, built by hand: what the dashboards draw from."""
 
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 
 import pytest
+from hqlt_dashboards.asked import Background
 from hqlt_search_space.arch import Arch
 from hqlt_search_space.mixers import Hybrid, Mixer
 from hqlt_search_space.recipe import Recipe
+from hqlt_search_space.study import Study
 from hqlt_search_space.tasks import Parity
-from hqlt_search_space.trial import Config, CurvePoint, Objective, ReplicaResult, StudyResults, TrialRecord
+from hqlt_search_space.trial import (
+    Config,
+    CurvePoint,
+    Environment,
+    Objective,
+    ReplicaResult,
+    StudyResults,
+    TrialRecord,
+)
 
 OBJECTIVES = (
     Objective(name="normalised_validation_accuracy", direction="maximize"),
@@ -69,6 +80,52 @@ def record(
 def study(*records: TrialRecord, **changes: object) -> StudyResults:
     values: dict[str, object] = {"name": "parity-blends", "objectives": OBJECTIVES, "trials": records, "budget": 12}
     return StudyResults.model_validate(values | changes)
+
+
+def background(results: StudyResults, **changes: object) -> Background:
+    """What a report tells beside `results`: a finished search, or an ablation if they have cells."""
+    plan: dict[str, object] = {"search": {"space": {"first": ["hybrid", "attention"], "window": [4, 8]}}}
+    if any(record.cell for record in results.trials):
+        plan = {"ablation": {"baseline": {"first": "hybrid", "window": 8}, "vary": {"window": [4]}}}
+    study = {
+        "schema_version": 1,
+        "name": "parity-blends",
+        "task": {"kind": "parity"},
+        "model": {"d_model": 16, "n_layers": 2, "n_heads": 2},
+        "objectives": {o.name: o.direction for o in results.objectives},
+    }
+    values: dict[str, object] = {
+        "study": Study.model_validate(study | plan | ({"budget": {"trials": 12}} if "search" in plan else {})),
+        "file_text": "name: parity-blends",
+        "state": "complete",
+        "note": None,
+        "began": datetime(2026, 11, 23, 9, 0, tzinfo=UTC),
+        "made": datetime(2026, 11, 23, 10, 0, tzinfo=UTC),
+        "version": "0.1.0",
+        "environments": (
+            Environment(
+                python="3.11.7",
+                torch="2.13.0",
+                hqlt="0.1.0",
+                source_version=None,
+                platform="Linux",
+                cpu="EPYC",
+                instruction_set="avx2",
+                n_threads=1,
+                device="cpu",
+            ),
+        ),
+        "backends": (),
+        "notes": (),
+        "last_words": {},
+        "options": "",
+    }
+    return Background(**(values | changes))
+
+
+@pytest.fixture(scope="session")
+def make_background() -> Callable[..., Background]:
+    return background
 
 
 @pytest.fixture(scope="session")

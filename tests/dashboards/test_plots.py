@@ -4,7 +4,16 @@ import sys
 
 import pytest
 from hqlt_dashboards.front import front_members
-from hqlt_dashboards.plots import curve_metric, curves_chart, curves_figure, front_chart, front_figure, page, png
+from hqlt_dashboards.plots import (
+    QUIET_COLOUR,
+    curve_metric,
+    curves_chart,
+    curves_figure,
+    front_chart,
+    front_figure,
+    page,
+    png,
+)
 from hqlt_search_space.mixers import Attention, FastWeight
 from hqlt_search_space.trial import Objective
 
@@ -116,6 +125,23 @@ def test_learning_curves_show_an_objective_if_one_was_read_during_training(make_
     assert curve_metric(make_results(2)) == "normalised_validation_accuracy"
     assert curve_metric(make_results(2).model_copy(update={"objectives": OBJECTIVES[1:]})) == "train_loss_nats"
     assert curve_metric(make_study(make_record(0, None))) is None
+
+
+def test_an_objective_that_was_read_only_at_the_end_gives_way_to_the_training_loss(make_study, make_record):
+    record = make_record(0)
+    (replica,) = record.replicas
+    early = tuple(
+        reading.model_copy(update={"metrics": {"train_loss_nats": 1.0}}) if reading.step < 200 else reading
+        for reading in replica.curve
+    )
+    record = record.model_copy(update={"replicas": (replica.model_copy(update={"curve": early}),)})
+    assert curve_metric(make_study(record)) == "train_loss_nats"
+
+
+def test_curves_of_an_ablation_have_its_baseline_in_colour(make_study, make_record):
+    cells = [make_record(i, i / 4, cell=cell) for i, cell in enumerate(["baseline", "window=4", "mixing=sum"])]
+    drawn = list(curves_figure(make_study(*cells), "train_loss_nats").axes[0].get_lines())
+    assert [line.get_color() for line in drawn if len(line.get_xdata())] == [QUIET_COLOUR] * 2 + ["#0072B2"]
 
 
 def test_a_page_of_two_charts_holds_plotly_once(make_results):

@@ -37,13 +37,14 @@ def importances(study: Study, rows: Sequence[TrialRow], records: Sequence[TrialR
     `rows` and `records` are the same trials, as proposed and as they ended; complete ones count. An axis that had one
     value only is left out. Deterministic. Empty for an ablation, which answers the same question better.
     """
+    if study.search is None:
+        return ()
     proposed = {row.number: row.proposal for row in rows}
     complete = [record for record in records if record.objectives]
     trials = [_seen(study, record.choices, proposed[record.number]["params"]) for record in complete]
     return tuple(
         _importances(objective, [sign * record.objectives[objective] for record in complete], trials)
         for objective, sign in ((o.name, 1.0 if o.direction == "minimize" else -1.0) for o in study.objective_list)
-        if study.search is not None
     )
 
 
