@@ -40,7 +40,7 @@ def new_trial(width: int = 8, seeds: tuple[int, ...] = (0,), cell: str | None = 
 @pytest.fixture
 def ledger(url: str) -> Iterator[Ledger]:
     ledger = Ledger(url)
-    ledger.add_study(StudyRow("s", "{}", "", "h", BUDGET, "open", None, None, 0.0))
+    ledger.add_study(StudyRow("s", "{}", "", "h", BUDGET, "open", None, 0.0))
     yield ledger
     ledger.close()
 

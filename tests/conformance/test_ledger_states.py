@@ -55,7 +55,7 @@ class Drivers(RuleBasedStateMachine):
         self.accepted: dict[tuple[int, int], float] = {}
         self.finished: dict[tuple[int, int], State] = {}
         self.losses = itertools.count()
-        ledger.add_study(StudyRow(self.name, "{}", "", "h", BUDGET, "open", None, None, 0.0))
+        ledger.add_study(StudyRow(self.name, "{}", "", "h", BUDGET, "open", None, 0.0))
 
     @initialize(target=drivers)
     def first_driver(self) -> Leases:

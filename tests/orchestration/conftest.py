@@ -95,10 +95,7 @@ def drive() -> Drive:
 
     def drive(study: Study, store: Store) -> str:
         with closing(store.open()) as ledger, ProgressView(study.name, Console(file=StringIO())) as view:
-            new = StudyRow(
-                study.name, study.model_dump_json(), "", study.space_hash, study.n_trials, "open", None, None, 0.0
-            )
-            study = Study.from_json(ledger.add_study(new).study)
+            study = Study.from_json(ledger.add_study(StudyRow.of(study)).study)
             ending = Driver(
                 study,
                 store=store,

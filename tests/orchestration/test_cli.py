@@ -143,7 +143,7 @@ def made(hqlt: Run, tmp_path: Path) -> Run:
     file.write_text(STUDY.replace("tiny", "nothing"))
     study = load_study(file)
     ledger = Store(tmp_path / "hqlt-data").open()
-    ledger.add_study(StudyRow(study.name, study.model_dump_json(), "", study.space_hash, 3, "open", None, None, 0.0))
+    ledger.add_study(StudyRow.of(study))
     ledger.close()
     return hqlt
 

@@ -2,8 +2,7 @@ from datetime import datetime
 from pathlib import Path
 
 import optuna
-from hqlt_orchestration.driving.sampler import open_optuna
-from hqlt_orchestration.records.history import write_end, write_start
+from hqlt_orchestration.records.history import open_optuna, write_end, write_start
 from hqlt_orchestration.records.ledger import Ledger
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from hqlt_orchestration.cli import main
 from hqlt_orchestration.commands.studies import Machine, run, with_data
-from hqlt_orchestration.records.store import Store, masked
+from hqlt_orchestration.records.database import masked
+from hqlt_orchestration.records.store import Store
 from hqlt_orchestration.tracking.mirror import Mirror
 from hqlt_search_space.errors import HqltError, StoreError
 from hqlt_search_space.study import Name, Study

@@ -99,9 +99,10 @@ from hqlt_orchestration.driving.ray_pool import RayExecutor
 from hqlt_orchestration.driving.packing import Need
 executor = RayExecutor(slots=4, cpus=1, gpus=None, need=lambda: Need(5 * 2**30, "5 GiB"))
 deadline = time.monotonic() + 150
-while executor.free() < executor.slots and time.monotonic() < deadline:
+while executor.free() < executor.placement.slots and time.monotonic() < deadline:
     executor.poll(0.5)
-print(executor.slots, executor.free(), executor.placement.share, executor.device, ray.available_resources().get("GPU"))
+placement = executor.placement
+print(placement.slots, executor.free(), placement.share, executor.device, ray.available_resources().get("GPU"))
 executor.close()
 ray.shutdown()
 """

@@ -55,10 +55,7 @@ def drive(
 ) -> Ending:
     """What `hqlt study run` does, without MLflow."""
     with opened(store) as ledger:
-        row = StudyRow(
-            study.name, study.model_dump_json(), "", study.space_hash, study.n_trials, "open", None, None, 0.0
-        )
-        study = Study.from_json(ledger.add_study(row).study)  # as `hqlt study resume` reads it
+        study = Study.from_json(ledger.add_study(StudyRow.of(study)).study)  # as `hqlt study resume` reads it
         with ProgressView(study.name, Console(file=output or StringIO())) as view:
             return Driver(
                 study,

@@ -20,9 +20,7 @@ def ledger(store: Store) -> Iterator[Ledger]:
 
 
 def add(ledger: Ledger, study: Study) -> None:
-    ledger.add_study(
-        StudyRow(study.name, study.model_dump_json(), "", study.space_hash, study.n_trials, "open", None, None, 0.0)
-    )
+    ledger.add_study(StudyRow.of(study))
 
 
 def run(ledger: Ledger, study: Study, proposers: Iterator[Proposer], n_trials: int) -> list[Proposal]:

@@ -82,7 +82,7 @@ def test_of_two_thousand_asks_none_is_issued_twice(
 ) -> None:
     study, store = make_study(trials=2000, sampler="random"), Store(tmp_path / "data", database=url)
     ledger = store.open()
-    ledger.add_study(StudyRow("small", study.model_dump_json(), "", "h", 2000, "open", None, None, 0.0))
+    ledger.add_study(StudyRow.of(study))
     ledger.close()
     run_in_processes(4, partial(ask_and_tell, make_outcome), study, store)
     assert_issued_once(2000, store)

@@ -14,7 +14,7 @@ from hqlt_search_space.errors import CheckpointError
 from hqlt_search_space.study import Study
 
 from hqlt_orchestration.records.database import shown
-from hqlt_orchestration.records.drivers import DriverWatch
+from hqlt_orchestration.records.drivers import living
 from hqlt_orchestration.records.ledger import Ledger
 from hqlt_orchestration.records.states import SUM_ORDER
 from hqlt_orchestration.records.store import Store
@@ -97,9 +97,7 @@ def _checkpoint_violations(replica: ReplicaRow, store: Store, name: str, config_
 
 def lease_violations(ledger: Ledger, name: str) -> Iterator[str]:
     """A replica runs exactly if one attempt does, held by a living driver; what is cancelled runs or has ended."""
-    drivers = ledger.drivers(name)
-    dead = {driver.id for driver in DriverWatch().dead(drivers)}
-    alive = {driver.id for driver in drivers} - dead
+    alive = {driver.id for driver in living(ledger.drivers(name))}
     with ledger.read() as tx:
         columns = (ATTEMPTS.c.number, ATTEMPTS.c.seed, ATTEMPTS.c.attempt, ATTEMPTS.c.driver)
         running = tx.execute(sa.select(*columns).where(ATTEMPTS.c.study == name, ATTEMPTS.c.state == "running")).all()
@@ -133,7 +131,7 @@ def history_violations(ledger: Ledger, name: str) -> Iterator[str]:
     """Optuna has each trial of a search once, ended exactly if it has ended here, with the objectives it has here."""
     from optuna.trial import TrialState
 
-    from hqlt_orchestration.driving.sampler import stored_history
+    from hqlt_orchestration.records.history import stored_history
     from hqlt_orchestration.records.results import study_results
 
     study = Study.from_json(ledger.study(name).study)

@@ -10,13 +10,14 @@ from pathlib import Path
 from hqlt_dashboards.front import front, front_hypervolume
 from hqlt_dashboards.published import PublishedTable, published_tables
 from hqlt_dashboards.tables import front_text, published_text
+from hqlt_dashboards.words import spoken
+from hqlt_search_space.cost import COSTS
 from hqlt_search_space.errors import HqltError, NoResultError, UnknownNameError
 from hqlt_search_space.study import Study
 from hqlt_search_space.trial import StudyResults
 
-from hqlt_orchestration.commands.studies import ablation_texts, metric_of
 from hqlt_orchestration.records.attempts import LOG_FILE, replica_folder
-from hqlt_orchestration.records.drivers import DriverWatch
+from hqlt_orchestration.records.drivers import living
 from hqlt_orchestration.records.ledger import Ledger
 from hqlt_orchestration.records.results import study_results
 from hqlt_orchestration.records.store import Store
@@ -96,11 +97,8 @@ def status_text(ledger: Ledger, name: str, *, as_json: bool) -> str:
 
 
 def _drivers(ledger: Ledger, name: str) -> Iterator[str]:
-    drivers = ledger.drivers(name)
-    dead = {driver.id for driver in DriverWatch().dead(drivers)}
-    for driver in drivers:
-        if driver.id not in dead:
-            yield f"run by process {driver.pid} on {driver.host} ({driver.executor})"
+    for driver in living(ledger.drivers(name)):
+        yield f"run by process {driver.pid} on {driver.host} ({driver.executor})"
 
 
 def _running(ledger: Ledger, name: str) -> Iterator[str]:
@@ -194,6 +192,29 @@ def ablation(name: str, out: Path | None, metric: str | None, store: Store) -> N
     except OSError as error:
         raise HqltError(f"cannot write {out}: {error.strerror}") from error
     print(f"written to {out}", file=sys.stderr)
+
+
+def ablation_texts(results: StudyResults, metric: str) -> str:
+    """The table of an ablation for each of its tasks, and beside the paper's numbers where it has the paper's models.
+
+    Raises:
+        HqltError: the study is a search, or nothing has a metric of that name.
+    """
+    from hqlt_dashboards.ablation import ablation_table, by_task
+    from hqlt_dashboards.tables import ablation_text
+
+    parts = by_task(results)
+    texts = [
+        (f"{part.name}: {spoken(metric)}\n\n" if len(parts) > 1 else "") + ablation_text(ablation_table(part, metric))
+        for part in parts
+    ]
+    published = published_tables(results)
+    return "\n".join([*texts, published_text(published)] if published else texts)
+
+
+def metric_of(study: Study) -> str:
+    """What an ablation is about: its first objective that is measured, not computed."""
+    return next((name for name in study.objectives if name not in COSTS), next(iter(study.objectives)))
 
 
 def logs(trial: str, store: Store, *, seed: int | None, follow: bool) -> None:

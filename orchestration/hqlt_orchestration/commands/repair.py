@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from hqlt_search_space.study import Study
 
 from hqlt_orchestration.driving.orphans import end_dead_sessions
-from hqlt_orchestration.records.drivers import DriverWatch
+from hqlt_orchestration.records.drivers import driver_is_dead
 from hqlt_orchestration.records.leases import take_back
 from hqlt_orchestration.records.ledger import Ledger
 from hqlt_orchestration.records.results import study_results
@@ -37,7 +37,7 @@ def repair(store: Store, name: str) -> list[str]:
     try:
         study = Study.from_json(ledger.study(name).study)
         drivers = ledger.drivers(name)
-        dead = DriverWatch().dead(drivers)
+        dead = [driver for driver in drivers if driver_is_dead(driver)]
         said += end_dead_leases(ledger, name, dead)
         if len(dead) < len(drivers):
             return said  # who runs the study is in the middle of all that follows

@@ -3,7 +3,6 @@
 import os
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from hqlt_dashboards.front import front
-from hqlt_dashboards.words import spoken
 from hqlt_search_space.errors import HqltError, StudyConflictError
 from hqlt_search_space.study import Study
 from hqlt_search_space.tasks import LanguageModelling, Task
@@ -62,17 +60,7 @@ def run(file: Path, store: Store, machine: Machine) -> int:
     study = with_data(checked_study(file), file.parent)
     text = file.read_text(encoding="utf-8")
     ledger = store.open()
-    new = StudyRow(
-        name=study.name,
-        study=study.model_dump_json(),  # in the order of the file: samplers draw the axes in that order
-        file_text=text,
-        space_hash=study.space_hash,
-        budget=study.n_trials,
-        state="open",
-        note=None,
-        source_version=None,
-        created_at=time.time(),
-    )
+    new = StudyRow.of(study, text)
     stored = ledger.add_study(new)
     if stored.space_hash != study.space_hash:
         raise StudyConflictError(study.name, study.differences(Study.from_json(stored.study)))
@@ -213,6 +201,8 @@ def _conclude(study: Study, results: StudyResults, ending: str) -> int:
         print(f"study {study.name}: no trial has a result; see: hqlt study status {study.name}", file=sys.stderr)
         return 1
     if study.ablation is not None:
+        from hqlt_orchestration.commands.look import ablation_texts, metric_of
+
         print(ablation_texts(results, metric_of(study)), end="")
         print(f"\nnext: hqlt ablation {study.name} --out table.md", file=sys.stderr)
         return 0
@@ -227,32 +217,6 @@ def _conclude(study: Study, results: StudyResults, ending: str) -> int:
         file=sys.stderr,
     )
     return 0
-
-
-def ablation_texts(results: StudyResults, metric: str) -> str:
-    """The table of an ablation for each of its tasks, and beside the paper's numbers where it has the paper's models.
-
-    Raises:
-        HqltError: the study is a search, or nothing has a metric of that name.
-    """
-    from hqlt_dashboards.ablation import ablation_table, by_task
-    from hqlt_dashboards.published import published_tables
-    from hqlt_dashboards.tables import ablation_text, published_text
-
-    parts = by_task(results)
-    texts = [
-        (f"{part.name}: {spoken(metric)}\n\n" if len(parts) > 1 else "") + ablation_text(ablation_table(part, metric))
-        for part in parts
-    ]
-    published = published_tables(results)
-    return "\n".join([*texts, published_text(published)] if published else texts)
-
-
-def metric_of(study: Study) -> str:
-    """What an ablation is about: its first objective that is measured, not computed."""
-    from hqlt_search_space.cost import COSTS
-
-    return next((name for name in study.objectives if name not in COSTS), next(iter(study.objectives)))
 
 
 def _export_front(results: StudyResults, store: Store, spool: "Spool") -> None:
@@ -345,16 +309,14 @@ def delete(name: str, store: Store) -> None:
     Raises:
         UsageError: somebody runs it.
     """
-    from hqlt_orchestration.driving.sampler import delete_from_optuna
-    from hqlt_orchestration.records.drivers import DriverWatch
+    from hqlt_orchestration.records.drivers import living
+    from hqlt_orchestration.records.history import delete_from_optuna
     from hqlt_orchestration.tracking.mirror import delete_experiment
 
     ledger = store.open_existing()
     ledger.study(name)
     store.refuse_links(name)
-    drivers = ledger.drivers(name)
-    dead = {driver.id for driver in DriverWatch().dead(drivers)}
-    alive = [driver for driver in drivers if driver.id not in dead]
+    alive = living(ledger.drivers(name))
     if alive:
         raise UsageError(f"{name} is run by process {alive[0].pid} on {alive[0].host}; stop that first")
     delete_experiment(store.mlflow_uri, name)

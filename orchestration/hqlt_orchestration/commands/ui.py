@@ -14,7 +14,8 @@ from typing import Any
 
 from hqlt_search_space.errors import ResourceError, StoreError
 
-from hqlt_orchestration.records.store import Store, masked
+from hqlt_orchestration.records.database import masked
+from hqlt_orchestration.records.store import Store
 
 HOST = "127.0.0.1"
 ENVIRONMENT = {

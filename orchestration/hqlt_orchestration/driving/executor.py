@@ -103,7 +103,7 @@ Device = Literal["cpu", "cuda"]
 
 
 class Executor(Protocol):
-    """Runs jobs, at most `slots` at a time.
+    """Runs jobs, at most `placement.slots` at a time.
 
     A submitted job ends with exactly one of Finished, Paused or Crashed for each of its keys. Between `submit` and that
     event a key is the caller's to use with `answer`, `cancel` and `kill`; a key of no running job is ignored. Seeds
@@ -112,7 +112,6 @@ class Executor(Protocol):
 
     name: str
     device: Device
-    slots: int
     placement: Placement
 
     def free(self) -> int:

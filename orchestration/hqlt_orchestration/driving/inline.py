@@ -12,7 +12,6 @@ class InlineExecutor:
     """One job at a time in a thread of this process: for debugging, tests and machines without Ray."""
 
     name = "inline"
-    slots = 1
 
     def __init__(self, *, cpus: int, gpus: float | None) -> None:
         """`gpus` None: use one if there is one.

@@ -73,7 +73,6 @@ class RayExecutor:
             self.placement = place(slots, n_gpus, self._gpu_memory_bytes(), need())
         else:
             self.placement = Placement(gpus or 0.0, slots)
-        self.slots = slots = self.placement.slots
         share = self.placement.share
         self.device: Device = "cuda" if share else "cpu"
         self._cpus = cpus
@@ -86,7 +85,7 @@ class RayExecutor:
         )
         self._failed_starts = 0
         self._next_look = 0.0
-        self._slots = [self._new_slot() for _ in range(slots)]
+        self._slots = [self._new_slot() for _ in range(self.placement.slots)]
 
     def _gpu_memory_bytes(self) -> int | None:
         """What the GPU that Ray gives to a task has, which may be on another machine; None if nobody there can say."""

@@ -6,20 +6,17 @@ interrupted continues the sequence of an unbroken one. A suggestion that makes n
 a config is dropped before Optuna counts it.
 """
 
-import contextlib
-import copy
 import hashlib
 import logging
 import math
 import warnings
 from collections import Counter
-from collections.abc import Collection, Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 import optuna
-import sqlalchemy as sa
 from hqlt_search_space.axes import AxisDomain, AxisValue, Choices, IntegerRange, RealRange
 from hqlt_search_space.cost import costs
 from hqlt_search_space.errors import InvalidArchError
@@ -27,19 +24,16 @@ from hqlt_search_space.study import Study
 from hqlt_search_space.trial import Config, TrialRecord
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler
-from optuna.storages import BaseStorage, RDBStorage, get_storage
-from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from hqlt_orchestration.records.database import configure_sqlite, patiently, store_errors
-from hqlt_orchestration.records.history import engine_options, find_start, write_end, write_start
+from hqlt_orchestration.driving.holding import Holding, new_trial
+from hqlt_orchestration.records.database import patiently, store_errors
+from hqlt_orchestration.records.history import NUMBER, find_start, open_optuna, write_end, write_start
 from hqlt_orchestration.records.ledger import Ledger, NewTrial
 
 REASKS = 200  # suggestions of the study's own sampler for one trial, then
 RANDOM_REASKS = 2000  # uniform ones, which a sampler that has narrowed in cannot starve
 COUNT_AFTER = 20  # refusals in a row before a finite space is counted, to see whether anything is left
-NUMBER = "hqlt_number"  # the trial's number in the ledger, as an attribute of its Optuna trial
-_HELD = -1
 
 optuna.logging.set_verbosity(logging.WARNING)
 
@@ -52,7 +46,7 @@ class Proposal:
     choices: dict[str, AxisValue]
     costs: dict[str, float]
     params: dict[str, AxisValue]
-    attributes: dict[str, Any] = field(default_factory=dict)
+    attributes: dict[str, Any]
 
     def new_trial(self, seeds: tuple[int, ...]) -> NewTrial:
         """For the ledger, which keeps what Optuna must know of the trial even after a crash."""
@@ -77,7 +71,7 @@ class Proposer:
         self._distributions = {name: distribution(domain) for name, domain in self._domains.items()}
         self._space = {name: found for name, found in sorted(self._distributions.items()) if not found.single()}
         with store_errors(ledger.url):
-            self._storage = _Holding(open_optuna(ledger.url), ledger.url)
+            self._storage = Holding(open_optuna(ledger.url), ledger.url)
             self._optuna = patiently(ledger.url, self._open_study)
             self._study_id = self._storage.study_id = self._storage.get_study_id_from_name(study.name)
         self._grid: optuna.samplers.GridSampler | None = None
@@ -196,13 +190,13 @@ class Proposer:
         params, attributes = proposal["params"], proposal["attributes"]
         distributions = {name: self._distributions[name] for name in params}
         with self._ledger.write() as tx:
-            there = find_start(tx, self._study_id, NUMBER, number)
+            there = find_start(tx, self._study_id, number)
             place = there or write_start(tx, self._study_id, params, distributions, {NUMBER: number}, attributes)
         self._places[number] = place
         if there is not None:
             self._storage.look()
             return
-        trial = _new_trial(*place)
+        trial = new_trial(*place)
         trial.params, trial.distributions = dict(params), distributions
         trial.user_attrs, trial.system_attrs = {NUMBER: number}, dict(attributes)
         if place[1] == len(self._storage.history):
@@ -244,41 +238,6 @@ class Proposer:
         ids = self._storage.stored.get_trial_id_from_study_id_trial_number
         self._places = {t.user_attrs[NUMBER]: (ids(self._study_id, t.number), t.number) for t in trials}
         return {trial.user_attrs[NUMBER]: trial.state.is_finished() for trial in trials}
-
-
-def open_optuna(url: str) -> BaseStorage:
-    """Optuna's storage at `url`, whose tables are there, cached in memory."""
-    return get_storage(_open_tables(url))
-
-
-def _open_tables(url: str) -> RDBStorage:
-    options = engine_options(url)
-    storage = patiently(url, lambda: RDBStorage(url, options, skip_table_creation=True, skip_compatibility_check=True))
-    if url.startswith("sqlite"):
-        sa.event.listen(storage.engine, "connect", lambda connection, _record: configure_sqlite(connection))
-    return storage
-
-
-def stored_history(url: str, name: str) -> dict[int, list[FrozenTrial]]:
-    """A study's trials in Optuna's tables, by their number in the ledger; nothing is written."""
-    found: dict[int, list[FrozenTrial]] = {}
-    with store_errors(url):
-        storage = _open_tables(url)
-        try:
-            for trial in storage.get_all_trials(storage.get_study_id_from_name(name), deepcopy=False):
-                found.setdefault(trial.user_attrs[NUMBER], []).append(trial)
-        except KeyError:  # the study's first driver died before it wrote any
-            return {}
-        finally:
-            storage.remove_session()
-            storage.engine.dispose()
-    return found
-
-
-def delete_from_optuna(url: str, name: str) -> None:
-    """Remove a study's sampling history; nothing happens if there is none."""
-    with contextlib.suppress(KeyError):
-        optuna.delete_study(study_name=name, storage=open_optuna(url))
 
 
 def seed_of(study_seed: int, number: int, ask: int) -> int:
@@ -334,123 +293,3 @@ def _constraint_of(violation: str) -> str:
     """A violation without the value that broke it, so that equal reasons add up."""
     name, _, limit = violation.split(" ", 2)
     return f"{name} {limit}"
-
-
-def _new_trial(trial_id: int, number: int) -> FrozenTrial:
-    return FrozenTrial(
-        number=number,
-        state=TrialState.RUNNING,
-        value=None,
-        datetime_start=datetime.now(),
-        datetime_complete=None,
-        params={},
-        distributions={},
-        user_attrs={},
-        system_attrs={},
-        intermediate_values={},
-        trial_id=trial_id,
-    )
-
-
-class _Holding(BaseStorage):
-    """An Optuna storage that holds a new trial back until it is known to be wanted.
-
-    Samplers write to the trial that they are asked for, parameter by parameter, a transaction each. Here those writes
-    stay in memory: a trial that is dropped leaves no trace, and one that is wanted is written in one transaction.
-    They also read the whole history many times for one suggestion; it is read once, by `look`. The rest goes through.
-    """
-
-    def __init__(self, stored: BaseStorage, url: str) -> None:
-        self.stored = stored
-        self._url = url
-        self.study_id = _HELD
-        self.history: list[FrozenTrial] = []
-        self._attributes: dict[str, Any] | None = None
-        self.next_number: int | None = None
-        self._held: FrozenTrial | None = None
-
-    def look(self) -> list[FrozenTrial]:
-        """The history as it is stored now, which is what samplers see until the next look."""
-        with store_errors(self._url):
-            stored = patiently(self._url, lambda: self.stored.get_all_trials(self.study_id, deepcopy=False))
-        self.history = list(stored)
-        self._attributes = None
-        return self.history
-
-    def let_go(self) -> FrozenTrial:
-        """The trial that was held, which is now forgotten."""
-        assert self._held is not None, "nothing was asked for"
-        held, self._held, self.next_number = self._held, None, None
-        return held
-
-    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
-        assert template_trial is None, "accepted trials are written to `stored`"
-        number = len(self.history) if self.next_number is None else self.next_number
-        self._held = _new_trial(_HELD, number)
-        return _HELD
-
-    def _held_trial(self, trial_id: int) -> FrozenTrial:
-        assert trial_id == _HELD, f"a sampler writes to the stored trial {trial_id}"
-        assert self._held is not None, "nothing is held"
-        return self._held
-
-    def set_trial_param(
-        self, trial_id: int, param_name: str, param_value_internal: float, distribution: BaseDistribution
-    ) -> None:
-        held = self._held_trial(trial_id)
-        held.distributions[param_name] = distribution
-        held.params[param_name] = distribution.to_external_repr(param_value_internal)
-
-    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
-        self._held_trial(trial_id).system_attrs[key] = value
-
-    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
-        self._held_trial(trial_id).user_attrs[key] = value
-
-    def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
-        raise NotImplementedError("learning curves stay out of Optuna: they crash TPE with several objectives")
-
-    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
-        return self.stored.set_trial_state_values(trial_id, state, values)
-
-    def get_trial(self, trial_id: int) -> FrozenTrial:
-        return self._held_trial(trial_id) if trial_id == _HELD else self.stored.get_trial(trial_id)
-
-    def get_all_trials(
-        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
-    ) -> list[FrozenTrial]:
-        seen = [trial for trial in self.history if states is None or trial.state in states]
-        return copy.deepcopy(seen) if deepcopy else seen
-
-    def create_new_study(self, directions: Sequence[StudyDirection], study_name: str | None = None) -> int:
-        return self.stored.create_new_study(directions, study_name)
-
-    def delete_study(self, study_id: int) -> None:
-        self.stored.delete_study(study_id)
-
-    def set_study_user_attr(self, study_id: int, key: str, value: Any) -> None:
-        self.stored.set_study_user_attr(study_id, key, value)
-
-    def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:
-        self._attributes = None
-        self.stored.set_study_system_attr(study_id, key, value)
-
-    def get_study_id_from_name(self, study_name: str) -> int:
-        return self.stored.get_study_id_from_name(study_name)
-
-    def get_study_name_from_id(self, study_id: int) -> str:
-        return self.stored.get_study_name_from_id(study_id)
-
-    def get_study_directions(self, study_id: int) -> list[StudyDirection]:
-        return self.stored.get_study_directions(study_id)
-
-    def get_study_user_attrs(self, study_id: int) -> dict[str, Any]:
-        return self.stored.get_study_user_attrs(study_id)
-
-    def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:
-        if self._attributes is None:
-            self._attributes = self.stored.get_study_system_attrs(study_id)
-        return dict(self._attributes)
-
-    def get_all_studies(self) -> list[Any]:
-        return self.stored.get_all_studies()

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import re
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
@@ -14,11 +15,10 @@ import sqlalchemy as sa
 from hqlt_search_space.errors import StoreError
 from sqlalchemy.exc import DBAPIError, OperationalError
 
-from hqlt_orchestration.records.store import masked
-
 BUSY_TIMEOUT_S = 30.0
 OUTAGE_S = 120.0  # how long a PostgreSQL that has answered before is waited for when it does not
 _LONGEST_PAUSE_S = 2.0  # between two tries
+_PASSWORDS = re.compile(r"(?<=://)([^\s/:@]*):[^\s/@]*(?=@)|(?<=[?&])(password|sslpassword)=[^\s&]*")
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
@@ -83,6 +83,15 @@ def patiently(url: str, call: Callable[[], _T]) -> _T:
                 raise
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+
+def masked(text: str) -> str:
+    """`text` without the passwords of the URLs in it.
+
+    >>> masked("no answer from postgresql+psycopg://anna:secret@db/hqlt?password=secret")
+    'no answer from postgresql+psycopg://anna:***@db/hqlt?password=***'
+    """
+    return _PASSWORDS.sub(lambda found: f"{found[1]}:***" if found[2] is None else f"{found[2]}=***", text)
 
 
 def shown(url: str) -> str:

@@ -16,6 +16,11 @@ def driver_is_dead(driver: DriverRow) -> bool | None:
     return None if identity.is_alive is None else not identity.is_alive
 
 
+def living(drivers: Iterable[DriverRow]) -> list[DriverRow]:
+    """Those of `drivers` that one look does not show to be dead."""
+    return [driver for driver in drivers if not driver_is_dead(driver)]
+
+
 class DriverWatch:
     """Tells which drivers are dead: their process is gone, or their beats stay away, wherever they are.
 
@@ -33,6 +38,7 @@ class DriverWatch:
         self._seen: dict[DriverId, tuple[int, float]] = {}
 
     def dead(self, drivers: Iterable[DriverRow]) -> list[DriverRow]:
+        """Those of `drivers`, as they were just read, that are dead. Beats are compared with those of earlier calls."""
         before, self._looked_at = self._looked_at, self._clock()
         self._watched_s += min(self._looked_at - before, _LONGEST_GAP_S)
         now = self._watched_s

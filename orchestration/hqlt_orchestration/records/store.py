@@ -11,17 +11,7 @@ from hqlt_search_space.errors import StoreError
 if TYPE_CHECKING:
     from hqlt_orchestration.records.ledger import Ledger
 
-_PASSWORDS = re.compile(r"(?<=://)([^\s/:@]*):[^\s/@]*(?=@)|(?<=[?&])(password|sslpassword)=[^\s&]*")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # as the study schema has it
-
-
-def masked(text: str) -> str:
-    """`text` without the passwords of the URLs in it.
-
-    >>> masked("no answer from postgresql+psycopg://anna:secret@db/hqlt?password=secret")
-    'no answer from postgresql+psycopg://anna:***@db/hqlt?password=***'
-    """
-    return _PASSWORDS.sub(lambda found: f"{found[1]}:***" if found[2] is None else f"{found[2]}=***", text)
 
 
 @dataclass(frozen=True)

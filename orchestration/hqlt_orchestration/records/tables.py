@@ -1,10 +1,12 @@
 """The ledger's tables, and a row of each as a value."""
 
 import json
+import time
 from dataclasses import dataclass, fields
-from typing import Any, Literal, NewType, TypeVar
+from typing import Any, Literal, NewType, Self, TypeVar
 
 import sqlalchemy as sa
+from hqlt_search_space.study import Study
 from hqlt_search_space.trial import Config, ReplicaResult, TrialResult
 
 SCHEMA_VERSION = 1
@@ -26,7 +28,6 @@ STUDIES = sa.Table(
     sa.Column("budget", sa.Integer, nullable=False),
     sa.Column("state", sa.String(16), nullable=False),  # open, paused, complete
     sa.Column("note", sa.Text),  # why it ended early, for status
-    sa.Column("source_version", sa.String(64)),
     sa.Column("created_at", sa.Float, nullable=False),
 )
 TRIALS = sa.Table(
@@ -130,8 +131,21 @@ class StudyRow:
     budget: int
     state: Literal["open", "paused", "complete"]
     note: str | None
-    source_version: str | None
     created_at: float
+
+    @classmethod
+    def of(cls, study: Study, file_text: str = "") -> Self:
+        """A study that nobody has run yet."""
+        return cls(
+            name=study.name,
+            study=study.model_dump_json(),  # in the order of the file: samplers draw the axes in that order
+            file_text=file_text,
+            space_hash=study.space_hash,
+            budget=study.n_trials,
+            state="open",
+            note=None,
+            created_at=time.time(),
+        )
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from hqlt_search_space.errors import HqltError
 
-from hqlt_orchestration.records.store import Store, masked
+from hqlt_orchestration.records.database import masked
+from hqlt_orchestration.records.store import Store
 from hqlt_orchestration.tracking.mirror import KINDS, Mirror, is_refusal, knock
 from hqlt_orchestration.tracking.spool import position_file, read_position, write_position
 from hqlt_orchestration.tracking.told import Record
@@ -131,7 +132,7 @@ def _tell_missing(store: Store, study: str, mirror: Mirror) -> None:
     """Tell MLflow what the ledger has and MLflow lacks, unless a driver lives whose spool is elsewhere: what that has
     not told yet, it will tell itself.
     """
-    from hqlt_orchestration.records.drivers import DriverWatch
+    from hqlt_orchestration.records.drivers import living
     from hqlt_orchestration.tracking.told import everything_ended
 
     if store.database is None and not (store.data / "hqlt.db").exists():  # the ledger is elsewhere
@@ -144,10 +145,8 @@ def _tell_missing(store: Store, study: str, mirror: Mirror) -> None:
     try:
         if study not in {row.name for row in ledger.studies()}:  # deleted meanwhile
             return
-        drivers = ledger.drivers(study)
-        dead = {driver.id for driver in DriverWatch().dead(drivers)}
         spooling = {spool.stem.rpartition("-")[2] for spool in store.spool_folder(study).glob("*.jsonl")}
-        if all(driver.id in dead or str(driver.pid) in spooling for driver in drivers):
+        if all(str(driver.pid) in spooling for driver in living(ledger.drivers(study))):
             mirror.tell_missing(everything_ended(ledger, store, study))
     finally:
         ledger.close()
