@@ -110,8 +110,10 @@ def test_an_interrupt_pauses_a_study_with_checkpoints_and_a_second_one_ends_it_a
     commands = [hqlt("study", "run", "small.yaml")]
     first = commands[-1]
     wait_until(two_train, "two trials that train")
+    asked = time.monotonic()
     os.killpg(first.process.pid, signal.SIGINT)  # a terminal sends Ctrl-C to all processes of the command
     assert first.process.wait(60) == 1
+    print(f"Ctrl-C: ended with checkpoints after {time.monotonic() - asked:.1f} s")  # shown with -rP
     assert "stopping: trials write their checkpoints" in first.output.read_text()
     assert "paused; continue with: hqlt study resume small" in first.output.read_text()
     wait_until(lambda: not first.alive(), f"the end of {first.alive()}", 30)
@@ -132,8 +134,10 @@ def test_an_interrupt_pauses_a_study_with_checkpoints_and_a_second_one_ends_it_a
     wait_until(two_train, "two trials that train again")
     second.process.send_signal(signal.SIGTERM)
     wait_until(lambda: "stopping" in second.output.read_text(), "the first SIGTERM to be heard")
+    asked = time.monotonic()
     second.process.send_signal(signal.SIGTERM)
     assert second.process.wait(60) == 1
+    print(f"the second SIGTERM: ended after {time.monotonic() - asked:.1f} s")
     assert "ended at once; from the last checkpoints on: hqlt study resume small" in second.output.read_text()
     wait_until(lambda: not second.alive(), f"the end of {second.alive()}", 30)
     ledger = store.open()
