@@ -8,6 +8,8 @@ sampler is random and nothing stops early, every trial must be to the bit what i
 import argparse
 import os
 import random
+import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -30,6 +32,8 @@ NAME = "chaos"
 MEAN_PAUSE_S = 20.0  # between two faults
 HANG_AFTER_S = 20.0  # instead of two minutes: a fault that takes a third of the time of a trial to notice
 LOOK_S = 0.5
+SYNC_S = 0.3  # five times in a checkpoint: the look that finds one half written comes in time
+PATIENCE_S = 40.0  # of a fault that cannot strike; a trial writes a checkpoint every 30 s
 PROBE_STEPS = 300
 UNBROKEN_SHARE = 0.25  # of the time under fire; the rest goes to what is done twice, and to starting again
 MAX_RESTARTS_IN_A_ROW = 5  # commands that end within QUICK_S and hold nothing meanwhile
@@ -61,14 +65,44 @@ class Plan:
 
 @dataclass
 class Outcome:
-    """What came of a run: every fault, and every sentence that should not be there."""
+    """What came of a round: every fault, and every sentence that should not be there."""
 
     blows: list[Blow]
     problems: list[str]
-    seconds: float
+    unbroken_s: float
+    under_fire_s: float
     n_commands: int
     lost: set[tuple[int, int]]
     doubled: set[tuple[int, int]]
+
+
+class Deck:
+    """The faults in random order, each once before any comes again."""
+
+    def __init__(self, rows: Sequence[int], generator: random.Random) -> None:
+        self._rows, self._random = rows, generator
+        self._deal()
+
+    def _deal(self) -> None:
+        self._left = self._random.sample(self._rows, len(self._rows))
+        self._top_since = time.monotonic()
+
+    @property
+    def top(self) -> int:
+        return self._left[0]
+
+    def take_top(self) -> None:
+        self._left.pop(0)
+        self._top_since = time.monotonic()
+        if not self._left:
+            self._deal()
+
+    def wait(self) -> None:
+        """The top cannot strike now. It has some time, and then comes last."""
+        if time.monotonic() - self._top_since > PATIENCE_S:
+            print(f"         row {self.top:2d}  could not strike for {PATIENCE_S:.0f} s", flush=True)
+            self._left.append(self._left.pop(0))
+            self._top_since = time.monotonic()
 
 
 def unbroken(plan: Plan, folder: Path) -> tuple[dict[tuple[int, int], Any], float]:
@@ -96,9 +130,17 @@ def summary(ledger: Ledger) -> dict[tuple[int, int], Any]:
     }
 
 
-def under_fire(plan: Plan, folder: Path, expected: dict[tuple[int, int], Any]) -> Outcome:
+def under_fire(plan: Plan, folder: Path, expected: dict[tuple[int, int], Any], unbroken_s: float) -> Outcome:
     """Run the study with faults until it is complete, and judge it."""
-    lab = Lab(folder, NAME, plan.text(), database=plan.database, disk_mib=plan.disk_mib, with_server=plan.with_server)
+    lab = Lab(
+        folder,
+        NAME,
+        plan.text(),
+        database=plan.database,
+        disk_mib=plan.disk_mib,
+        with_server=plan.with_server,
+        sync_s=SYNC_S if 2 in plan.rows else None,
+    )
     try:
         if lab.mlflow is not None:
             wait_until(lambda: lab.mlflow is not None and lab.mlflow.answers, 180, "the MLflow server")
@@ -119,7 +161,7 @@ def under_fire(plan: Plan, folder: Path, expected: dict[tuple[int, int], Any]) -
         for key in sorted(expected.keys() & found.keys()):
             if found[key] != expected[key]:
                 problems.append(f"trial {key[0]}, seed {key[1]}: differs from the unbroken run")
-        return Outcome(scene.blows, problems, seconds, commands, lost, doubled)
+        return Outcome(scene.blows, problems, unbroken_s, seconds, commands, lost, doubled)
     finally:
         lab.close()
 
@@ -128,6 +170,7 @@ def _fire(plan: Plan, scene: Scene) -> int:
     """Strike, lift and resume until the study is complete. Returns how many commands it took."""
     started = time.monotonic()
     next_blow = started + scene.random.expovariate(1 / plan.mean_pause_s)
+    deck = Deck(plan.rows, scene.random)
     deadline = started + 3 * plan.seconds + 600
     commands, quick_ends, began = 1, 0, started
     while True:
@@ -145,27 +188,27 @@ def _fire(plan: Plan, scene: Scene) -> int:
             scene.driver, began = scene.lab.resume(), now
             commands += 1
         in_time = next_blow <= now < started + 1.5 * plan.seconds
-        if in_time and not scene.driver.has_ended and _strike(plan, scene, now - started):
+        if in_time and not scene.driver.has_ended and _strike(deck, scene, now - started):
             next_blow = time.monotonic() + scene.random.expovariate(1 / plan.mean_pause_s)
         time.sleep(LOOK_S)
     _finish(scene)
     return commands
 
 
-def _strike(plan: Plan, scene: Scene, at_s: float) -> bool:
+def _strike(deck: Deck, scene: Scene, at_s: float) -> bool:
     """Whether a fault struck: while nothing trains it waits, or the study would never come so far."""
     if not scene.lab.held():
         return False
-    lasting = {blow.row for blow in scene.blows if blow.lift is not None}
-    for row in scene.random.sample(plan.rows, len(plan.rows)):
-        if row in lasting:  # what is down cannot be struck down
-            continue
-        blow = FAULTS[row][1](scene)
-        if blow is not None:
-            scene.blows.append(blow)
-            print(f"{at_s:6.0f} s  row {row:2d}  {blow.what}", flush=True)
-            return True
-    return False
+    is_down = any(blow.row == deck.top and blow.lift is not None for blow in scene.blows)
+    blow = None if is_down else FAULTS[deck.top][1](scene)
+    if blow is None:
+        deck.wait()
+        return False
+    scene.blows.append(blow)
+    print(f"{at_s:6.0f} s  row {blow.row:2d}  {blow.what}", flush=True)
+    if blow.row == deck.top:
+        deck.take_top()
+    return True
 
 
 def _lift(scene: Scene, now: float) -> None:
@@ -223,25 +266,56 @@ def _tidy(scene: Scene) -> list[str]:
     return problems
 
 
-def table(outcome: Outcome) -> str:
+def report(outcomes: Sequence[Outcome], rows: Sequence[int], n_trials: int) -> str:
+    """What came of all rounds, as it stands in orchestration/README.md."""
+    n_all = n_trials * len(outcomes)
+    n_complete = n_all - sum(len(outcome.lost) for outcome in outcomes)
+    unbroken_s = sum(outcome.unbroken_s for outcome in outcomes)
+    under_fire_s = sum(outcome.under_fire_s for outcome in outcomes)
+    n_commands = sum(outcome.n_commands for outcome in outcomes)
+    struck = [blow.row for outcome in outcomes for blow in outcome.blows]
+    never = [f"{row} ({FAULTS[row][0]})" for row in rows if row not in struck]
+    said = f"{n_all} trials, unbroken in {unbroken_s:.0f} s, under {len(struck)} faults in {under_fire_s:.0f} s and "
+    said += f"{n_commands} {'command' if n_commands == 1 else 'commands'}. {n_complete} of {n_all} complete"
+    if not any(outcome.problems for outcome in outcomes):
+        said += " and equal to the unbroken run to the bit, every invariant held, nothing was left behind"
+    said += f".\nNever injected: row {', row '.join(never)}." if never else "; every row was injected."
+    return f"{said}\n\n{table(outcomes, sorted({*rows, *struck}))}"
+
+
+def table(outcomes: Sequence[Outcome], rows: Sequence[int]) -> str:
     """A line for each row of the fault matrix, and one for all."""
     head = "| row | fault | injected | attempts hit | recovered | lost | doubled | median s | max s |"
     lines = [head, "|" + "---|" * 9]
-    for row, (name, _) in FAULTS.items():
-        blows = [blow for blow in outcome.blows if blow.row == row]
-        if blows:
-            lines.append(_line(str(row), name, blows, outcome))
-    lines.append(_line("", "all", outcome.blows, outcome))
+    lines += [_line(str(row), FAULTS[row][0], outcomes, {row}) for row in rows]
+    lines.append(_line("", "all", outcomes, set(rows)))
     return "\n".join(lines)
 
 
-def _line(row: str, name: str, blows: Sequence[Blow], outcome: Outcome) -> str:
-    hit = [(key.number, key.seed) for blow in blows for key in blow.hit]
+def _line(name: str, fault: str, outcomes: Sequence[Outcome], rows: set[int]) -> str:
+    n_hit = n_lost = n_doubled = 0
+    blows: list[Blow] = []
+    for outcome in outcomes:
+        own = [blow for blow in outcome.blows if blow.row in rows]
+        hit = [(key.number, key.seed) for blow in own for key in blow.hit]
+        blows += own
+        n_hit += len(hit)
+        n_lost += len(outcome.lost & set(hit))
+        n_doubled += len(outcome.doubled & set(hit))
     times = [blow.recovered_s for blow in blows if blow.recovered_s is not None]
     spent = (f"{median(times):.1f}", f"{max(times):.1f}") if times else ("-", "-")
-    lost, doubled = len(outcome.lost & set(hit)), len(outcome.doubled & set(hit))
-    cells = [row, name, len(blows), len(hit), len(times), lost, doubled, *spent]
+    cells = [name, fault, len(blows), n_hit, len(times), n_lost, n_doubled, *spent]
     return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def setting(arguments: Sequence[str], seed: int, loads: Sequence[float]) -> str:
+    """Where and how it was run, as it stands in orchestration/README.md."""
+    models = re.findall(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    command = shlex.join(["python", "tests/chaos/chaos.py", *arguments])
+    if "--seed" not in command:
+        command += f" --seed {seed}"
+    where = f"{os.cpu_count()} cores of {models[0] if models else 'an unknown processor'}"
+    return f"{where} (load {min(loads):.0f} to {max(loads):.0f}), {time.strftime('%d %B %Y')}:\n`{command}`"
 
 
 def main() -> int:
@@ -277,22 +351,27 @@ def main() -> int:
         mean_pause_s=options.pause,
     )
     plan = replace(plan, steps=options.steps or measured_steps(plan, folder / "probe"))
-    under_fire_s, problems = 0.0, []
-    while under_fire_s < options.seconds and not problems:
-        outcome = one_round(plan, folder / f"seed-{plan.seed}")
-        under_fire_s, problems = under_fire_s + outcome.seconds, outcome.problems
+    outcomes: list[Outcome] = []
+    loads = [os.getloadavg()[0]]
+    while sum(outcome.under_fire_s for outcome in outcomes) < options.seconds:
+        outcomes.append(one_round(plan, folder / f"seed-{plan.seed}"))
+        loads.append(os.getloadavg()[0])
+        if outcomes[-1].problems:
+            break
         plan = replace(plan, seed=plan.seed + 1)
-    if not options.keep and not problems:
+    print(f"\n{setting(sys.argv[1:], seed, loads)}.\n{report(outcomes, plan.rows, plan.trials)}")
+    is_well = not outcomes[-1].problems
+    if not options.keep and is_well:
         shutil.rmtree(folder)
-    return int(bool(problems))
+    return int(not is_well)
 
 
 def one_round(plan: Plan, folder: Path) -> Outcome:
     """A study without faults, and the same study with them; prints what came of both."""
-    expected, seconds = unbroken(plan, folder / "unbroken")
-    print(f"seed {plan.seed}, unbroken: {plan.trials} trials of {plan.steps} steps in {seconds:.0f} s", flush=True)
-    outcome = under_fire(plan, folder / "broken", expected)
-    print(f"under fire: {outcome.seconds:.0f} s and {outcome.n_commands} commands\n\n{table(outcome)}\n")
+    expected, unbroken_s = unbroken(plan, folder / "unbroken")
+    print(f"seed {plan.seed}, unbroken: {plan.trials} trials of {plan.steps} steps in {unbroken_s:.0f} s", flush=True)
+    outcome = under_fire(plan, folder / "broken", expected, unbroken_s)
+    print(f"under fire: {outcome.under_fire_s:.0f} s and {outcome.n_commands} commands", flush=True)
     print("\n".join(outcome.problems) or "every invariant holds, and every trial is as in the unbroken run", flush=True)
     return outcome
 

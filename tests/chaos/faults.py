@@ -1,7 +1,6 @@
 """The faults that `make chaos` draws from. Each strikes a study that runs and says whom it hit."""
 
 import contextlib
-import os
 import random
 import signal
 import time
@@ -13,7 +12,6 @@ from hqlt_orchestration.records.attempts import AttemptKey
 from hqlt_orchestration.tracking.spool import unshipped_bytes
 from lab import Command, Held, Lab, locked
 
-WRITE_WATCH_S = 33.0  # a trial saves every 30 s
 STRAGGLER_BYTES = 4096  # a spool that is written to all the time is seldom empty
 
 
@@ -49,28 +47,24 @@ class Scene:
     def of(self, command: Command) -> list[Held]:
         return [held for held in self.lab.held() if held.driver_pid == command.process.pid]
 
-    def victim(self) -> tuple[AttemptKey, psutil.Process] | None:
-        """A trial in training that may be killed, and its process."""
-        able = [held.key for held in self.lab.held() if held.crashes == 0 and _replica(held.key) not in self.struck]
+    def victims(self) -> list[Held]:
+        """The trials in training that may be killed, in random order."""
+        able = [held for held in self.lab.held() if held.crashes == 0 and _replica(held.key) not in self.struck]
         self.random.shuffle(able)
-        for key in able:
-            process = self.lab.worker_of(key)
-            if process is not None:
-                return key, process
-        return None
+        return able
 
     def spend(self, keys: Iterable[AttemptKey]) -> None:
         self.struck |= {_replica(key) for key in keys}
 
 
 def _signal_worker(scene: Scene, row: int, number: signal.Signals) -> Blow | None:
-    found = scene.victim()
-    if found is None:
-        return None
-    key, process = found
-    scene.spend([key])
-    process.send_signal(number)
-    return Blow(row, f"{number.name} the worker of trial {key.number}", (key,))
+    for held in scene.victims():
+        process = scene.lab.worker_of(held.key)
+        if process is not None:
+            scene.spend([held.key])
+            process.send_signal(number)
+            return Blow(row, f"{number.name} the worker of trial {held.key.number}", (held.key,))
+    return None
 
 
 def kill_worker(scene: Scene) -> Blow | None:
@@ -78,33 +72,19 @@ def kill_worker(scene: Scene) -> Blow | None:
 
 
 def kill_worker_while_it_writes(scene: Scene) -> Blow | None:
-    """Waits for a checkpoint to appear under its temporary name."""
-    found = scene.victim()
-    if found is None:
-        return None
-    key, process = found
-    folder = scene.lab.seed_folder(key) / "checkpoints"
-    deadline = time.monotonic() + WRITE_WATCH_S
-    while time.monotonic() < deadline and process.is_running() and not scene.driver.has_ended:
-        for _ in range(500):
-            with contextlib.suppress(FileNotFoundError):
-                if any(name.endswith(".tmp") for name in os.listdir(folder)):  # noqa: PTH208  the fastest there is
-                    return _kill_writing(scene, key, process)
-            time.sleep(0.0004)
+    """A worker that is at it right now. If it had done when the signal came, that was row 1."""
+    for held in scene.victims():
+        process = scene.lab.worker_of(held.key) if scene.lab.writes_checkpoint(held) else None
+        if process is None or not scene.lab.writes_checkpoint(held):
+            continue
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+            process.wait(10)
+        scene.spend([held.key])
+        row, moment = (2, "inside") if scene.lab.writes_checkpoint(held) else (1, "just after")
+        what = f"SIGKILL the worker of trial {held.key.number} {moment} the writing of a checkpoint"
+        return Blow(row, what, (held.key,))
     return None
-
-
-def _kill_writing(scene: Scene, key: AttemptKey, process: psutil.Process) -> Blow | None:
-    try:
-        process.send_signal(signal.SIGKILL)
-    except psutil.Error:  # it was another's work
-        return None
-    scene.spend([key])
-    process.wait(10)
-    folder = scene.lab.seed_folder(key) / "checkpoints"
-    inside = any(path.suffix == ".tmp" for path in folder.iterdir())
-    moment = "inside" if inside else "just after"
-    return Blow(2, f"SIGKILL the worker of trial {key.number} {moment} the writing of a checkpoint", (key,))
 
 
 def kill_driver(scene: Scene) -> Blow | None:

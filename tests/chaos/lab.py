@@ -33,6 +33,19 @@ from hqlt_search_space.errors import HqltError
 
 HQLT = Path(sys.executable).parent / "hqlt"
 MARK = "HQLT_LAB"  # in the environment of everything that a lab's commands start
+SLOW_SYNC = """
+import os, time
+
+sync = os.fsync
+
+def slowly(file):
+    sync(file)
+    descriptor = file if isinstance(file, int) else file.fileno()
+    if "/checkpoints/" in os.readlink(f"/proc/self/fd/{{descriptor}}"):
+        time.sleep({seconds})
+
+os.fsync = slowly
+"""
 QUIET: dict[str, Any] = {"check": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": "/"}
 
 
@@ -171,8 +184,12 @@ class MlflowServer:
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self._port)]
         command += ["--backend-store-uri", f"sqlite:///{self._at}/mlflow.db", "--workers", "1"]
         command += ["--artifacts-destination", str(self._at / "artifacts")]
+        # Its job runners take the cores for a minute, and have nothing to do with what is tracked.
+        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
         with (self._at / "server.log").open("ab") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=self._at)
+            self._process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=environment, start_new_session=True, cwd=self._at
+            )
 
     @property
     def answers(self) -> bool:
@@ -196,6 +213,8 @@ class Held:
     key: AttemptKey
     driver_pid: int
     crashes: int
+    started_at: float
+    """Unix seconds, by the clock of the driver's host."""
 
 
 @dataclass
@@ -211,6 +230,8 @@ class Lab:
     """The size of the data's own file system, which can then be filled; None for the file system it is on."""
     with_server: bool = False
     """Whether metrics go to an MLflow server of the lab's own, which can be killed; else to the data folder."""
+    sync_s: float | None = None
+    """What it takes longer to sync a file of a checkpoint, so that somebody can look on; None for no longer."""
     environment: dict[str, str] = field(default_factory=dict)
     disk: Disk | None = field(default=None, init=False)
     postgres: Postgres | None = field(default=None, init=False)
@@ -227,6 +248,9 @@ class Lab:
         if self.with_server:
             self.mlflow = MlflowServer(self.folder / "mlflow")
         self.store = Store(data, self.postgres and self.postgres.url, self.mlflow and self.mlflow.url)
+        if self.sync_s is not None:
+            (self.folder / "sitecustomize.py").write_text(SLOW_SYNC.format(seconds=self.sync_s))
+            self.environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(self.folder), os.getenv("PYTHONPATH")]))
         (self.folder / "study.yaml").write_text(self.text)
         self._commands: list[Command] = []
         self._ledger: Ledger | None = None
@@ -265,7 +289,7 @@ class Lab:
         if not self.can_ask:
             return []
         query = (
-            sa.select(ATTEMPTS.c.number, ATTEMPTS.c.seed, ATTEMPTS.c.attempt, DRIVERS.c.pid)
+            sa.select(ATTEMPTS.c.number, ATTEMPTS.c.seed, ATTEMPTS.c.attempt, ATTEMPTS.c.started_at, DRIVERS.c.pid)
             .join(DRIVERS, DRIVERS.c.id == ATTEMPTS.c.driver)
             .where(ATTEMPTS.c.study == self.name, ATTEMPTS.c.state == "running")
         )
@@ -273,7 +297,12 @@ class Lab:
             crashes = {(r.number, r.seed): r.crashes for r in self.ledger.replicas(self.name)}
             with self.ledger.read() as tx:
                 return [
-                    Held(AttemptKey(row.number, row.seed, row.attempt), row.pid, crashes.get((row.number, row.seed), 0))
+                    Held(
+                        key=AttemptKey(row.number, row.seed, row.attempt),
+                        driver_pid=row.pid,
+                        crashes=crashes.get((row.number, row.seed), 0),
+                        started_at=row.started_at,
+                    )
                     for row in tx.execute(query)
                 ]
         except (HqltError, sa.exc.SQLAlchemyError):
@@ -317,6 +346,13 @@ class Lab:
 
     def seed_folder(self, key: AttemptKey) -> Path:
         return self.store.trial_folder(self.name, key.number) / f"seed-{key.seed}"
+
+    def writes_checkpoint(self, held: Held) -> bool:
+        """Whether this attempt, and no earlier one, has a checkpoint that is half written."""
+        with contextlib.suppress(FileNotFoundError):  # done meanwhile
+            half = (self.seed_folder(held.key) / "checkpoints").glob("step-*.tmp")
+            return any(path.stat().st_mtime > held.started_at for path in half)
+        return False
 
     def has_begun(self, key: AttemptKey, steps: int = 0) -> bool:
         """Whether this very attempt trains and, in its log, has come `steps` far."""

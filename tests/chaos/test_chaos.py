@@ -25,8 +25,8 @@ def test_a_minute_of_random_faults_changes_nothing_in_what_a_study_finds(tmp_pat
         mean_pause_s=8.0,
     )
     print(f"seed {plan.seed}")  # shown if the test fails
-    expected, _ = unbroken(plan, tmp_path / "unbroken")
-    outcome = under_fire(plan, tmp_path / "broken", expected)
-    print(table(outcome))
+    expected, seconds = unbroken(plan, tmp_path / "unbroken")
+    outcome = under_fire(plan, tmp_path / "broken", expected, seconds)
+    print(table([outcome], plan.rows))
     assert outcome.problems == []
     assert outcome.blows
