@@ -31,7 +31,7 @@ def report(name: str, out: Path | None, store: Store) -> None:
     if path.suffix.lower() != ".html":
         raise HqltError(f"cannot write a report as {path.suffix or 'a file without suffix'!r}; give .html")
     ledger = store.open_existing()
-    results, background = report_parts(ledger, name, _options(store))
+    results, background = report_parts(ledger, name, options_of(store))
     content = page(results, background).encode()
     try:
         write_whole(path, content)
@@ -63,7 +63,7 @@ def report_parts(ledger: Ledger, name: str, options: str = "") -> tuple[StudyRes
     )
 
 
-def _options(store: Store) -> str:
+def options_of(store: Store) -> str:
     """What to add to a command so that it finds the study. A database's URL may hold a password: it stays out."""
     data = "" if store.data == Path("hqlt-data") else f" --data {shlex.quote(str(store.data))}"
     return data + (' --store "$HQLT_STORE"' if store.database else "")
