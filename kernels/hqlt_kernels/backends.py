@@ -29,6 +29,7 @@ Operator = Literal[
 ]  # the first five are the rules of `fast_weight`
 Library = Literal["flash_attn_4", "flash_attn_2", "torch_flash", "flex_attention"]
 BackendName = Literal["definition", "chunked", "triton", Library]
+Capability = tuple[int, int]
 Forced = Literal["auto", BackendName]
 
 OPERATORS: tuple[Operator, ...] = get_args(Operator)
@@ -61,12 +62,14 @@ def choose_backend(
     value_dim: int | None = None,
     keys: int | None = None,
     libraries: Collection[Library] = LIBRARIES,
+    capability: Capability | None = None,
     forced: Forced = "auto",
 ) -> Choice:
     """The implementation that runs `operator` on tensors of this device, dtype, key width and value width (the same).
 
     Two arguments concern attention: `keys`, the most keys that a query sees, None for all of a long sequence
-    (`keys_seen`); and `libraries`, those that can do what is asked.
+    (`keys_seen`); and `libraries`, those that can do what is asked. With a `capability` the GPU asked about need not be
+    here.
 
     `forced="auto"` takes Triton where it can run and the chunked form elsewhere; for attention in 16 bits on a GPU our
     kernels for few keys, flash-attn-4 (or torch's flash attention) for all, and for what lies between flash-attn-4 if
@@ -89,7 +92,7 @@ def choose_backend(
     if forced in LIBRARIES and operator == "blend":
         return Choice(operator, "chunked", f"of its parts, so that {forced} runs the attention; {here}")
     if forced == "triton" or (forced in LIBRARIES and operator == "window_attention"):
-        refusal = _why_not(forced, operator, device, dtype, head_dim, value_dim)
+        refusal = _why_not(forced, operator, device, dtype, head_dim, value_dim, capability)
         if refusal is not None:
             raise BackendUnavailableError(
                 f"the {forced} backend cannot run {operator} ({here}): {refusal}; use 'auto' or 'chunked'"
@@ -101,7 +104,7 @@ def choose_backend(
         order = tuple(b for b in _attention_order(keys) if b == "triton" or b in libraries)
     refusals: list[str] = []
     for backend in order:
-        refusal = _why_not(backend, operator, device, dtype, head_dim, value_dim)
+        refusal = _why_not(backend, operator, device, dtype, head_dim, value_dim, capability)
         if refusal is None:
             return Choice(operator, backend, "; ".join([here, *refusals]))
         refusals.append(f"not {backend}: {refusal}")
@@ -146,17 +149,23 @@ _PACKAGE = {"flash_attn_4": "flash-attn-4", "flash_attn_2": "flash-attn"}
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile asks once and keeps the answer
 def _why_not(
-    backend: BackendName, operator: Operator, device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int
+    backend: BackendName,
+    operator: Operator,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    value_dim: int,
+    capability: Capability | None,
 ) -> str | None:
     """Why `backend` cannot run `operator` here; None if it can."""
     if device.type != "cuda":
         return f"it needs a CUDA device, not {device.type}"
     if backend == "triton":
-        return _why_not_triton(operator, device, dtype, head_dim, value_dim)
+        return _why_not_triton(operator, device, dtype, head_dim, value_dim, capability)
     package = _PACKAGE.get(backend)
     if package is not None and not _is_installed(package):
         return f"the package {package} is not installed"
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = capability or torch.cuda.get_device_capability(device)
     if major < _OLDEST_CAPABILITY[backend]:
         return f"it needs compute capability {_OLDEST_CAPABILITY[backend]} or newer, not {major}.{minor}"
     if dtype not in (torch.bfloat16, torch.float16):
@@ -168,15 +177,18 @@ def _why_not(
 
 
 def _why_not_triton(
-    operator: Operator, device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int
+    operator: Operator,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    value_dim: int,
+    capability: Capability | None,
 ) -> str | None:
     if not _TRITON_IS_INSTALLED:
         return "the package triton is not installed"
-    capability = torch.cuda.get_device_capability(device)
-    if capability[0] != 9:
-        return (
-            f"the kernels are written and tested for Hopper (compute capability 9), not {capability[0]}.{capability[1]}"
-        )
+    major, minor = capability or torch.cuda.get_device_capability(device)
+    if major != 9:
+        return f"the kernels are written and tested for Hopper (compute capability 9), not {major}.{minor}"
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"there is no kernel for {str(dtype).removeprefix('torch.')}"
     for width in (head_dim, value_dim):

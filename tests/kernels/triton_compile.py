@@ -24,19 +24,7 @@ from hqlt_kernels.window_attention import triton_near_kernels as near
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-FLOAT32 = (
-    "gates",
-    "norms",
-    "dnorm",
-    "initial",
-    "final",
-    "dfinal",
-    "dinitial",
-    "log_decay",
-    "dlog_decay",
-    "lse",
-    "delta",
-)
+FLOAT32 = ("gates", "norms", "initial", "final", "dfinal", "dinitial", "log_decay", "dlog_decay", "lse", "delta")
 INTEGERS = ("T", "NT", "n_queries", "n_keys", "n_tokens", "window", "phase")
 
 
@@ -121,9 +109,8 @@ def main() -> None:
     for name, normaliser, unused in (("time", 1, {"dnorm": None}), ("heads", 2, {})):
         over = heads | linear | {"NORMALISER": normaliser}
         out[f"short forward, {name}"] = report(short.short_forward_kernel, over | {"kv": None, "fw": None}, 4, 1, 168)
-        out[f"short backward, {name}"] = report(
-            short.short_backward_kernel, over | gone | unused | {"dbeta": None}, 4, 1
-        )
+        over |= gone | unused | {"dbeta": None}
+        out[f"short backward, {name}"] = report(short.short_backward_kernel, over, 4, 1, kinds={"dnorm": "*fp32"})
     json.dump(out | passes(), sys.stdout)
 
 
@@ -140,7 +127,7 @@ def passes() -> dict[str, Any]:
     table = dict.fromkeys(adamw_kernel.arg_names, "*fp32") | {"n": "i32", "n_decayed": "i32", "takes": "*i1"}
     of_keys = {"H": 4, "K": 32, "ROWS": HEADS_ROWS, "SHIFT": 0, "FEATURE": 2}
     jobs: dict[str, tuple[Any, dict[str, Any], dict[str, str]]] = {
-        "heads gradient": (short.heads_gradient_kernel, of_keys, {"n_rows": "i32"}),
+        "heads gradient": (short.heads_gradient_kernel, of_keys, {"n_rows": "i32", "dnorm": "*fp32"}),
         "split": (projections.split_kernel, parts | {"ROWS": projections_operator.SPLIT_ROWS, "SAVE": True}, kinds),
         "split gradient": (
             projections.split_gradient_kernel,

@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from hqlt_kernels import backends as kernel_backends
 from hqlt_search_space.arch import Arch
 from hqlt_search_space.errors import BackendError, CheckpointError, ResourceError, TrialPausedError
 from hqlt_search_space.trial import Config, ReplicaResult, Trial, TrialResult
-from hqlt_trainer import run
 from hqlt_trainer.environment import source_version
 from hqlt_trainer.run import run_trial
 
@@ -204,29 +202,6 @@ def test_a_forced_backend_or_device_that_is_not_there_is_refused(tmp_path: Path)
         with pytest.raises(ResourceError, match="finds no GPU"):
             run_trial(_trial(runtime={"device": "cuda"}), tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("rule", "expected"),
-    [
-        ({"kind": "delta"}, {"blend": "triton"}),
-        (
-            {"kind": "delta_product", "n_householder": 2},
-            {"blend": "chunked", "window_attention": "triton", "delta_product": "triton"},
-        ),
-    ],
-    ids=["one operator", "of its parts"],
-)
-def test_a_result_names_what_runs_on_a_gpu_and_not_what_is_inside_it(
-    rule: dict[str, object], expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(kernel_backends, "_TRITON_IS_INSTALLED", True)
-    layer = {"kind": "hybrid", "n_heads": 1, "window": 8, "rule": rule}
-    trial = _trial(layers=[layer], runtime={"device": "cuda"})
-    arch = trial.config.arch.model_copy(update={"d_model": 32})
-    trial = trial.model_copy(update={"config": trial.config.model_copy(update={"arch": arch})})
-    assert {choice.operator: choice.backend for choice in run._backends(trial)} == expected
 
 
 def test_the_process_is_left_as_it_was(tmp_path: Path) -> None:

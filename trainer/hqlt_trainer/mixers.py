@@ -18,6 +18,7 @@ from typing import Any, Literal, assert_never
 import torch
 from hqlt_kernels.backends import Forced
 from hqlt_kernels.blend import BlendState, blend
+from hqlt_kernels.blend.choice import SHORT
 from hqlt_kernels.block_parts import mix_norm_linear
 from hqlt_kernels.fast_weight import fast_weight
 from hqlt_kernels.projections import split_columns, take_rows
@@ -34,8 +35,6 @@ from hqlt_trainer.precision import at_least_float32
 ALIGNED = 16
 """Columns between which the projections of a token begin on a GPU: 32 bytes in bfloat16."""
 ROPE_BASE = 10_000.0
-SHORT = 64
-"""Tokens of a sequence that the blend computes in one program a head."""
 
 Memory = Literal["kv", "fw"]
 

@@ -7,13 +7,11 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from hqlt_kernels.backends import BackendUnavailableError, Choice, Operator, choose_backend, keys_seen
-from hqlt_search_space.errors import BackendError, DataError
-from hqlt_search_space.mixers import Attention, FastWeight, Hybrid, Mixer
-from hqlt_search_space.rules import Additive, DeltaProduct
+from hqlt_search_space.errors import DataError
 from hqlt_search_space.tasks import Nothing, context_length
-from hqlt_search_space.trial import Backend, ReplicaResult, Trial, TrialResult
+from hqlt_search_space.trial import ReplicaResult, Trial, TrialResult
 
+from hqlt_trainer.backends import backends
 from hqlt_trainer.environment import environment, forget_peak_memory, reproducible
 from hqlt_trainer.loop import Callbacks, Cancelled, OnMetrics, OnProgress, OnRung, Replica, Training
 from hqlt_trainer.stacking import stacking
@@ -53,7 +51,7 @@ def run_trial(
     if isinstance(trial.config.task, Nothing):
         return _nothing(trial)
     with reproducible(trial.runtime):
-        backends = _backends(trial)
+        ran_on = backends(trial.config, trial.runtime)
         replicas: list[ReplicaResult] = []
         notes: list[str] = []
         try:
@@ -76,7 +74,7 @@ def run_trial(
         return TrialResult(
             trial=trial,
             replicas=tuple(replicas),
-            backends=backends,
+            backends=ran_on,
             environment=environment(trial.runtime),
             notes=tuple(notes),
         )
@@ -143,59 +141,6 @@ def _out_of_memory(replica: Replica, error: BaseException) -> str:
         + f", context {context_length(config.task)})"
         + (f": {asked[1]} more were asked for" if asked else "")
     )
-
-
-def _backends(trial: Trial) -> tuple[Backend, ...]:
-    """Which implementation of each operator runs, and why.
-
-    Raises:
-        BackendError: the runtime forces one that cannot run here.
-    """
-    config, runtime = trial.config, trial.runtime
-    dtype = torch.bfloat16 if config.recipe.precision == "bfloat16" else torch.float32
-    context = context_length(config.task)
-    found: list[Choice] = []
-
-    def choose(operator: Operator, mixer: Mixer) -> Choice:
-        window = None if isinstance(mixer, FastWeight) else mixer.window
-        try:
-            return choose_backend(
-                operator,
-                device=runtime.device,
-                dtype=dtype,
-                head_dim=config.arch.d_model // mixer.n_heads,
-                keys=keys_seen(window, context),
-                forced=runtime.backend,
-            )
-        except BackendUnavailableError as error:
-            raise BackendError(str(error)) from error
-
-    for mixer in config.arch.layers:
-        if isinstance(mixer, Hybrid):
-            blend, parts = choose("blend", mixer), _why_of_parts(mixer, context)
-            if blend.backend == "triton" and parts is not None:
-                blend = Choice("blend", "chunked", f"of its parts: {parts}")
-            found.append(blend)
-            if blend.backend == "triton":
-                continue
-        if not isinstance(mixer, FastWeight):
-            found.append(choose("window_attention", mixer))
-        if not isinstance(mixer, Attention):
-            found.append(choose(mixer.rule.kind, mixer))
-    return tuple(Backend(operator=c.operator, backend=c.backend, reason=c.reason) for c in dict.fromkeys(found))
-
-
-def _why_of_parts(mixer: Hybrid, context: int) -> str | None:
-    """Why the kernels of the whole blend cannot run this one; None if they can. See `hqlt_kernels.blend.operator`."""
-    if isinstance(mixer.rule, DeltaProduct):
-        return "several writes a token"
-    if isinstance(mixer.rule, Additive) and mixer.rule.normaliser != "none":
-        return f"normaliser {mixer.rule.normaliser}"
-    if mixer.fw_positions != "none":
-        return "positions in FW-memory"
-    if mixer.window is None and keys_seen(None, context) is None:
-        return "attention to all keys"
-    return None
 
 
 def _nothing(trial: Trial) -> TrialResult:

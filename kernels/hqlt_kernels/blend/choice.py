@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hqlt_kernels.backends import Choice, Forced, choose_backend, keys_seen
+from hqlt_kernels.backends import Capability, Choice, Forced, choose_backend, keys_seen
 from hqlt_kernels.fast_weight.operator import Normaliser
 
 SHORT = 64
@@ -24,6 +24,7 @@ def choose_blend(
     kv_positions: bool = False,
     fw_positions: bool = False,
     carries_state: bool = False,
+    capability: Capability | None = None,
     forced: Forced = "auto",
 ) -> Choice:
     """`choose_backend` for a blend of sequences of `n_tokens`.
@@ -34,7 +35,15 @@ def choose_blend(
     Raises:
         BackendUnavailableError: the forced backend cannot run here.
     """
-    choice = choose_backend("blend", device=device, dtype=dtype, head_dim=head_dim, value_dim=value_dim, forced=forced)
+    choice = choose_backend(
+        "blend",
+        device=device,
+        dtype=dtype,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        capability=capability,
+        forced=forced,
+    )
     if choice.backend != "triton":
         return choice
     value_dim = head_dim if value_dim is None else value_dim
