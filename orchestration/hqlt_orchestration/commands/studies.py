@@ -204,14 +204,19 @@ def _conclude(study: Study, results: StudyResults, ending: str) -> int:
         from hqlt_orchestration.commands.look import ablation_texts, metric_of
 
         print(ablation_texts(results, metric_of(study)), end="")
-        print(f"\nnext: hqlt ablation {study.name} --out table.md", file=sys.stderr)
+        print(
+            f"\nnext: hqlt report {study.name}   all of it on one page"
+            f"\n      hqlt ablation {study.name} --out table.md",
+            file=sys.stderr,
+        )
         return 0
     from hqlt_dashboards.tables import front_text
 
     print(front_text(results), end="")
     best = f"{study.name}/{front(results.trials, results.objectives, results.constraints)[0].number}"
     print(
-        f"\nnext: hqlt pareto {study.name} --out front.html   the picture"
+        f"\nnext: hqlt report {study.name}   all of it on one page"
+        f"\n      hqlt pareto {study.name} --out front.html   the front to look into"
         f"\n      hqlt rerun {best}   the best, again"
         "\n      hqlt ui   every curve",
         file=sys.stderr,

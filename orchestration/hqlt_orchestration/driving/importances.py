@@ -4,9 +4,8 @@ PED-ANOVA (Watanabe et al. 2023, arXiv:2304.10255; with axes that not every tria
 values of an axis among the best trials differ from its values among all. An axis counts for a trial only if it has a
 meaning for its config, so a window says nothing through the models that have none.
 
-Shares add up to 1 even where nothing matters: on seven axes and values drawn by lot, the largest was 0.24 to 0.50 for
-16 trials, and no smaller for 200. So the same is computed for shuffled values, and what an axis is worth is seen beside
-what chance gives it.
+Shares add up to 1 even where nothing matters, for many trials as for few: of seven axes, noise gives one of them a
+third. So the same is computed for shuffled values, and what an axis is worth is seen beside what chance gives it.
 """
 
 import warnings
