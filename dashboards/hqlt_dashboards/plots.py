@@ -195,16 +195,19 @@ def png(figure: Figure, dots_per_inch: int = 150) -> bytes:
 
 
 def page(title: str, charts: Sequence[go.Figure], text: str = "") -> str:
-    """A self-contained HTML page: the charts, then `text` as it stands. It holds plotly.js once and fetches nothing."""
-    parts = [
-        chart.to_html(
+    """A self-contained HTML page: the charts, then `text` as it stands. It holds plotly.js once and fetches nothing.
+
+    The charts are as wide as they were made, or as the window where that is narrower (a telephone, MLflow).
+    """
+    parts = []
+    for i, chart in enumerate(charts):
+        drawn = go.Figure(chart, layout_width=None).to_html(
             full_html=False,
             include_plotlyjs=i == 0,
             div_id=f"chart-{i}",  # a random one would make two exports of the same front differ
-            config={"displaylogo": False},
+            config={"displaylogo": False, "responsive": True},
         )
-        for i, chart in enumerate(charts)
-    ]
+        parts.append(f'<div style="max-width: {chart.layout.width}px">{drawn}</div>')
     return "\n".join(
         [
             "<!doctype html>",
@@ -347,12 +350,9 @@ def _draw_panel(axes: Axes, panel: _Panel, dots: Sequence[_Dot], styles: dict[st
             capsize=3,
             zorder=3,
         )
-    numbers: dict[tuple[float, float], list[int]] = {}  # ties share a place, and so a label
-    for dot in members[:MOST_NUMBERS_SHOWN]:
-        numbers.setdefault((dot.values[panel.x], dot.values[panel.y]), []).append(dot.record.number)
-    for place, there in numbers.items():
+    for place, numbers in _numbers(panel, dots).items():
         axes.annotate(
-            ", ".join(map(str, sorted(there))),
+            numbers,
             place,
             xytext=(6, 5),
             textcoords="offset points",
@@ -360,6 +360,14 @@ def _draw_panel(axes: Axes, panel: _Panel, dots: Sequence[_Dot], styles: dict[st
             zorder=5,
         )
     _label_axes(axes, panel.x, panel.y, [d.values[panel.x] for d in dots], [d.values[panel.y] for d in dots])
+
+
+def _numbers(panel: _Panel, dots: Sequence[_Dot]) -> dict[tuple[float, float], str]:
+    """The numbers of the front's members by their place in `panel`: those that tie share a place, and so a label."""
+    numbers: dict[tuple[float, float], list[int]] = {}
+    for dot in [dot for dot in dots if dot.on_front][:MOST_NUMBERS_SHOWN]:
+        numbers.setdefault((dot.values[panel.x], dot.values[panel.y]), []).append(dot.record.number)
+    return {place: ", ".join(map(str, sorted(there))) for place, there in numbers.items()}
 
 
 def _label_axes(axes: Axes, x: str, y: str, xs: Sequence[float], ys: Sequence[float]) -> None:
@@ -435,15 +443,16 @@ def _panel_traces(panel: _Panel, dots: Sequence[_Dot], styles: dict[str, _Style]
         yield go.Scatter(
             x=xs, y=ys, mode="lines", line={"shape": shape, "color": LINE_COLOUR}, showlegend=False, hoverinfo="skip"
         )
+    numbers = _numbers(panel, dots)
     for kinds, style in styles.items():
         for on_front in (False, True):
             chosen = [dot for dot in dots if dot.kinds == kinds and dot.on_front is on_front]
-            numbers = [str(dot.record.number) if on_front else "" for dot in chosen]
+            places = [(dot.values[panel.x], dot.values[panel.y]) for dot in chosen]
             yield go.Scatter(
                 x=[dot.values[panel.x] for dot in chosen],
                 y=[dot.values[panel.y] for dot in chosen],
                 mode="markers+text" if on_front else "markers",
-                text=numbers,
+                text=[numbers.pop(place, "") for place in places] if on_front else None,  # a shared label once
                 textposition="top right",
                 legendgroup=kinds,
                 showlegend=False,

@@ -107,6 +107,12 @@ def test_members_carry_their_interval_after_replication(make_results):
     assert "means over fresh seeds" in front_figure(replicated).get_suptitle()
 
 
+def test_members_that_tie_share_a_label(make_record, make_study):
+    results = make_study(make_record(3), make_record(11, layers=(FastWeight(n_heads=2),)), make_record(4, 0.1))
+    assert [text.get_text() for text in front_figure(results).axes[0].texts] == ["3, 11"]
+    assert [text for trace in front_chart(results).data for text in trace.text or () if text] == ["3, 11"]
+
+
 def test_a_dollar_or_a_tag_in_a_name_is_drawn_as_it_is(make_results):
     results = make_results(2).model_copy(update={"name": "a$b_{c$ <b>d"})
     assert png(front_figure(results)).startswith(b"\x89PNG")
@@ -149,6 +155,8 @@ def test_a_page_of_two_charts_holds_plotly_once(make_results):
     text = page("both", [front_chart(results), curves_chart(results, "train_loss_nats")])
     assert text.count("* plotly.js v") == 1
     assert text.count('id="chart-') == 2
+    assert "max-width: 820px" in text  # and no narrower window has to be scrolled
+    assert '"width":820' not in text
 
 
 def test_a_study_without_results_is_drawn_as_an_empty_picture(make_study):

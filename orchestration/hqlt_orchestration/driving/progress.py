@@ -1,15 +1,17 @@
 """What a user sees while a study runs: a bar that moves on a terminal, plain lines elsewhere. All on stderr."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 PLAIN_EVERY_S = 15.0  # between two plain lines of a study in which nothing happens
+SHOWN_MEMBERS = 5  # of the front, under the bar
 
 
 @dataclass(frozen=True)
@@ -21,10 +23,33 @@ class Standing:
     total: int
     running: int
     failed: int
-    objective: str
     best: str | None
-    on_front: int
+    """The best of the first objective, by name; None while there is no front, and where there is none to come."""
+    front: tuple[str, ...]
+    """A line for each member, the best of the first objective first."""
     seconds_left: float | None
+
+    def counts(self) -> str:
+        """`2 running, 1 failed, 12 min left`: of these what there is."""
+        parts = [f"{self.running} running"] if self.running else []
+        parts += [f"{self.failed} failed"] if self.failed else []
+        if self.seconds_left is not None and self.done < self.total:
+            parts.append(f"{_duration(self.seconds_left)} left")
+        return ", ".join(parts)
+
+    def best_of_front(self) -> str:
+        return f"best {self.best}, {len(self.front)} on the front" if self.best is not None else ""
+
+
+class _Bar(Progress):
+    """A bar and, below it, some lines."""
+
+    below: tuple[str, ...] = ()
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield from super().get_renderables()
+        for line in self.below:
+            yield Text(line, no_wrap=True, overflow="ellipsis")
 
 
 class ProgressView:
@@ -33,24 +58,22 @@ class ProgressView:
     def __init__(self, study: str, console: Console | None = None) -> None:
         self._study = study
         self._console = console or Console(stderr=True, highlight=False, soft_wrap=True)
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
+        self._bar: _Bar | None = None
         self._shown: Standing | None = None
         self._shown_at = 0.0
 
     def __enter__(self) -> Self:
-        if self._console.is_terminal:
-            self._bar = Progress(
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
+            self._bar = _Bar(
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=16),
-                MofNCompleteColumn(),
+                BarColumn(bar_width=min(16, max(4, self._console.width - 60))),
+                TextColumn("{task.fields[done]}"),
                 TimeElapsedColumn(),
-                TextColumn("{task.fields[left]}"),
-                TextColumn("{task.fields[best]}"),
-                TextColumn("{task.fields[failed]}", style="red"),
+                TextColumn("{task.fields[counts]}"),
                 console=self._console,
                 transient=True,
             )
+            self._task = self._bar.add_task("starting", total=None, done="", counts="")
             self._bar.start()
         return self
 
@@ -65,25 +88,22 @@ class ProgressView:
         self._console.print(line, markup=False)
 
     def show(self, standing: Standing) -> None:
+        done, counts, best = f"{standing.done}/{standing.total}", standing.counts(), standing.best_of_front()
         if self._bar is not None:
-            self._move(self._bar, standing)
+            self._bar.below = (best, *(f"  {line}" for line in standing.front[:SHOWN_MEMBERS])) if best else ()
+            self._bar.update(
+                self._task,
+                description=standing.phase,
+                completed=standing.done,
+                total=standing.total,
+                done=done,
+                counts=counts,
+            )
         elif self._is_news(standing):
             self._shown_at = time.monotonic()
-            left = f", {_duration(standing.seconds_left)} left" if standing.seconds_left is not None else ""
-            failed = f", {standing.failed} failed" if standing.failed else ""
-            front = f"; best {standing.objective} {standing.best}, {standing.on_front} on the front"
-            best = front if standing.best is not None else ""
-            self.say(f"{self._study}: {standing.phase} {standing.done}/{standing.total}{failed}{left}{best}")
+            line = f"{self._study}: {standing.phase} {', '.join(part for part in (done, counts) if part)}"
+            self.say(f"{line}; {best}" if best else line)
         self._shown = standing
-
-    def _move(self, bar: Progress, standing: Standing) -> None:
-        left = f"{_duration(standing.seconds_left)} left" if standing.seconds_left is not None else ""
-        best = f"best {standing.best}, {standing.on_front} on the front" if standing.best is not None else ""
-        failed = f"{standing.failed} failed" if standing.failed else ""
-        fields: dict[str, Any] = {"left": left, "best": best, "failed": failed}
-        if self._task is None:
-            self._task = bar.add_task(standing.phase, total=standing.total, **fields)
-        bar.update(self._task, description=standing.phase, completed=standing.done, total=standing.total, **fields)
 
     def _is_news(self, standing: Standing) -> bool:
         if self._shown is None or standing.phase != self._shown.phase:
@@ -114,14 +134,12 @@ class Estimate:
         return (self._clock() - self._started) / done_here * max(0, total - done)
 
 
-def _duration(seconds: float | None) -> str:
+def _duration(seconds: float) -> str:
     """`seconds` as people say it: 40 s, 12 min, 3.5 h.
 
     >>> [_duration(s) for s in (8.2, 130.0, 12_000.0)]
     ['8 s', '2 min', '3.3 h']
     """
-    if seconds is None:
-        return "?"
     if seconds < 100:
         return f"{seconds:.0f} s"
     if seconds < 100 * 60:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from hqlt_dashboards.front import front
-from hqlt_dashboards.words import format_value, spoken
+from hqlt_dashboards.words import describe, format_value, spoken
 from hqlt_search_space.study import Study
 from hqlt_search_space.trial import StudyResults, TrialRecord, TrialResult
 
@@ -96,16 +96,24 @@ class Scoreboard:
 
     def standing(self, n_running: int) -> Standing:
         """How far the phase is, for people."""
-        members = self.front()
-        name = next(iter(self._study.objectives))
+        # Trials on different tasks have no front together.
+        members = self.front() if len(self._study.by_task()) == 1 else ()
+        names = list(self._study.objectives)
         return Standing(
             phase=self._phase,
             done=self.n_done,
             total=self.n_total,
             running=n_running,
             failed=sum(record.state in ("failed", "quarantined") for record in self.records.values()),
-            objective=spoken(name),
-            best=format_value(name, members[0].objectives[name]) if members else None,
-            on_front=len(members),
+            best=f"{spoken(names[0])} {_value(members[0], names[0])}" if members else None,
+            front=tuple(
+                f"trial {record.number}: {', '.join(_value(record, name) for name in names)}  "
+                f"{describe(record.config.arch)}"
+                for record in members
+            ),
             seconds_left=self._estimate.seconds_left(self.n_done, self.n_total),
         )
+
+
+def _value(record: TrialRecord, name: str) -> str:
+    return format_value(name, record.objectives[name])
