@@ -8,18 +8,19 @@ import torch
 from hqlt_search_space.arch import Arch
 from hqlt_search_space.errors import TrialPausedError
 from hqlt_search_space.recipe import Recipe
-from hqlt_search_space.tasks import Mqar, Parity
+from hqlt_search_space.tasks import ModularArithmetic, Mqar, Parity, Task
 from hqlt_search_space.trial import ReplicaResult, Runtime, Trial, TrialResult
 from hqlt_trainer import replicas
 from hqlt_trainer import stacking as rule
 from hqlt_trainer.environment import reproducible
 from hqlt_trainer.model import Model, build_model
 from hqlt_trainer.optimiser import optimiser_tensors
-from hqlt_trainer.replicas import MAX_BAD_STEPS, Stack, StepData, feed, step_data
+from hqlt_trainer.replicas import MAX_BAD_STEPS, Stack, StepData, feed, step_data, step_data_of_rows
 from hqlt_trainer.run import run_trial
 from hqlt_trainer.stacking import stacking
 from hqlt_trainer.tasks import build_task
 from hqlt_trainer.tasks.batch import Batch, TaskData
+from pydantic import TypeAdapter
 
 CPU = torch.device("cpu")
 PARITY: dict[str, Any] = {
@@ -79,14 +80,16 @@ def test_a_replica_in_a_stack_has_the_weights_it_gets_alone(layers: str, task: P
         for model, recipe in zip(_models(_arch(layers), 3, task_data.vocab_size), recipes, strict=True)
     ]
     for step in range(4):
-        together.take_step(step, _data(task_data, step, [0, 1, 2], recipes[0]).parts)
+        together.take_step(step, _data(task_data, step, [0, 1, 2], recipes[0]))
         for seed, stack in enumerate(alone):
-            stack.take_step(step, _data(task_data, step, [seed], recipes[0]).parts)
+            stack.take_step(step, _data(task_data, step, [seed], recipes[0]))
     for i, stack in enumerate(alone):
         weights = _weights(together.members[i])
         for name, expected in _weights(stack.model).items():
             assert (weights[name] - expected).norm() <= 1e-12 * expected.norm(), name
         assert together.tallies()[i].loss_sum == pytest.approx(stack.tallies()[0].loss_sum, rel=1e-12)
+        lengths = [task_data.train_batch(step, recipes[0].batch, i, "cpu").lengths for step in range(4)]
+        assert together.tallies()[i].tokens == stack.tallies()[0].tokens == int(torch.cat(lengths).sum())
 
 
 @pytest.mark.parametrize("how", ["leaves", "diverges"])
@@ -102,8 +105,8 @@ def test_the_others_do_not_notice_who_leaves_the_stack(how: str) -> None:
             with torch.no_grad():
                 other.members[1].norm.weight[0] = torch.nan
             last = _weights(other.members[1])
-        complete.take_step(step, data.parts)
-        other.take_step(step, data.parts)
+        complete.take_step(step, data)
+        other.take_step(step, data)
     for i in (0, 2):
         expected = _weights(complete.members[i])
         assert all(torch.equal(weight, expected[name]) for name, weight in _weights(other.members[i]).items())
@@ -123,13 +126,13 @@ def test_a_skipped_step_changes_neither_weights_nor_moments(count: int) -> None:
     stack = Stack(_models(_arch(), count), [recipe] * count, CPU)
     batch = Batch(torch.ones(2, 4, dtype=torch.long), torch.tensor([[-1, -1, -1, 1]] * 2), torch.tensor([4, 4]))
     data = step_data([batch] * count, 1)
-    stack.take_step(0, data.parts)
+    stack.take_step(0, data)
     member, optimiser = stack.members[-1], stack.optimisers[-1]
     with torch.no_grad():
         member.norm.weight[0] = torch.inf
     moments = {name: tensor.clone() for name, tensor in optimiser_tensors(member, optimiser).items()}
     weights = _weights(member)
-    stack.take_step(1, data.parts)
+    stack.take_step(1, data)
     tally = stack.tallies()[-1]
     assert (tally.skipped, tally.bad_in_a_row, tally.loss_count, tally.steps) == (1, 1, 1, 2)
     assert moments.keys()
@@ -152,7 +155,7 @@ def test_a_joint_update_is_that_of_each_replicas_own_optimiser(count: int, monke
             kept = head.detach().clone()
             if step == 3:  # a step that the first replica skips
                 head.data[0, 0] = torch.nan
-            stack.take_step(step, _data(task_data, step, list(range(count)), recipes[0]).parts)
+            stack.take_step(step, _data(task_data, step, list(range(count)), recipes[0]))
             if step == 3:
                 head.data.copy_(kept)
     own, joint = stacks
@@ -164,6 +167,32 @@ def test_a_joint_update_is_that_of_each_replicas_own_optimiser(count: int, monke
             torch.testing.assert_close(_weights(other)[name], weight, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("task", [Parity.model_validate(PARITY), ModularArithmetic()], ids=["parity", "arithmetic"])
+@pytest.mark.parametrize(("batch", "accumulation"), [(6, 1), (6, 3), (6, 4)])
+def test_a_step_that_makes_its_data_has_those_made_for_its_seeds_beforehand(
+    task: Parity | ModularArithmetic, batch: int, accumulation: int
+) -> None:
+    task_data, seeds = build_task(task), [3, 0, 7]
+    source = task_data.row_source(seeds, batch, 5, "cpu")
+    assert not isinstance(source, str)
+    for step in (5, 6, 7):
+        made = step_data_of_rows(source(), accumulation)
+        expected = step_data([task_data.train_batch(step, batch, seed, "cpu") for seed in seeds], accumulation)
+        assert all(torch.equal(a, b) for a, b in zip(made.tensors, expected.tensors, strict=True))
+
+
+@pytest.mark.parametrize("task", [Mqar(), ModularArithmetic(brackets=True)], ids=["mqar", "brackets"])
+def test_data_that_a_step_cannot_make_come_with_the_reason(task: Mqar | ModularArithmetic) -> None:
+    task_data = build_task(task)
+    with feed(task_data, _recipe(), [1, 2], 18, "cpu") as (data, why):
+        assert why == task_data.row_source([1, 2], 4, 18, "cpu")
+        for step, found in enumerate(data, start=18):
+            expected = _data(task_data, step, [1, 2], _recipe())
+            assert isinstance(found, StepData)
+            assert all(torch.equal(a, b) for a, b in zip(found.tensors, expected.tensors, strict=True))
+    assert step == 19
+
+
 def test_micro_batches_make_the_same_step_as_the_whole_batch() -> None:
     task_data = build_task(Parity.model_validate(PARITY))
     weights = []
@@ -171,7 +200,7 @@ def test_micro_batches_make_the_same_step_as_the_whole_batch() -> None:
         recipe = _recipe(accumulation=accumulation, clip=0.1, batch=8)
         stack = Stack(_models(_arch(), 2), [recipe] * 2, CPU)
         for step in range(5):
-            stack.take_step(step, _data(task_data, step, [0, 1], recipe).parts)
+            stack.take_step(step, _data(task_data, step, [0, 1], recipe))
         weights.append(_weights(stack.members[1]))
     for name, weight in weights[0].items():
         torch.testing.assert_close(weight, weights[1][name], rtol=1e-9, atol=1e-12)
@@ -289,20 +318,25 @@ def test_a_stack_too_large_for_memory_trains_its_seeds_alone(tmp_path: Path, mon
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:.*deterministic")
 @pytest.mark.parametrize("leaves", [None, 1])
-def test_a_captured_step_is_the_step_that_is_launched_from_python(leaves: int | None) -> None:
-    task_data, recipe = build_task(Parity()), _recipe(batch=64, steps=40, clip=1.0)
+@pytest.mark.parametrize(
+    "task", [Parity(), ModularArithmetic(), Mqar(length=32, vocab_size=64)], ids=["parity", "arithmetic", "mqar"]
+)
+def test_a_captured_step_is_the_step_that_is_launched_from_python(
+    task: Parity | ModularArithmetic | Mqar, leaves: int | None
+) -> None:
+    task_data, recipe = build_task(task), _recipe(batch=64, steps=40, clip=1.0)
     arch = Arch.model_validate({"d_model": 64, "mlp_inner": 64, "layers": LAYERS["hybrid"]})
     weights, tallies = [], []
     for captured in (False, True):
-        models = [build_model(arch, 3, seed=seed, device="cuda") for seed in range(3)]
+        models = [build_model(arch, task_data.vocab_size, seed=seed, device="cuda") for seed in range(3)]
         stack = Stack(models, [recipe] * 3, torch.device("cuda"))
         if not captured:
             stack.not_captured = "not asked for"
-        with reproducible(Runtime(device="cuda")), feed(task_data, recipe, range(3), 0, "cuda") as data:
+        with reproducible(Runtime(device="cuda")), feed(task_data, recipe, range(3), 0, "cuda") as (data, _):
             for step, step_of_all in enumerate(data):
                 if step == 20 and leaves is not None:
                     stack.leave(leaves)
-                stack.take_step(step, step_of_all.parts)
+                stack.take_step(step, step_of_all)
         assert (stack.not_captured is None) == captured
         weights.append([_weights(member) for member in stack.members])
         tallies.append(stack.tallies())
@@ -330,12 +364,24 @@ def test_a_replica_in_a_stack_on_a_gpu_has_the_weights_it_gets_alone(
     def trained(seeds: list[int]) -> list[dict[str, torch.Tensor]]:
         models = [build_model(arch, 3, seed=seed, init_std=0.1, device="cuda") for seed in seeds]
         stack = Stack(models, [recipes[seed] for seed in seeds], torch.device("cuda"))
-        with reproducible(Runtime(device="cuda")), feed(task_data, recipes[0], seeds, 0, "cuda") as data:
+        with reproducible(Runtime(device="cuda")), feed(task_data, recipes[0], seeds, 0, "cuda") as (data, _):
             for step, step_of_all in enumerate(data):
-                stack.take_step(step, step_of_all.parts)
+                stack.take_step(step, step_of_all)
         assert stack.not_captured is None
         return [_weights(member) for member in stack.members]
 
     for together, (alone,) in zip(trained([0, 1, 2]), map(trained, ([0], [1], [2])), strict=True):
         for name, expected in alone.items():
             assert (together[name] - expected).norm() <= tolerance * expected.norm(), name
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.*deterministic")
+@pytest.mark.parametrize(
+    ("task", "copied"), [(PARITY, False), ({"kind": "mqar", "length": 32, "vocab_size": 64}, True)]
+)
+def test_a_result_says_when_data_are_copied_to_the_gpu(task: dict[str, Any], copied: bool, tmp_path: Path) -> None:
+    trial = _trial(runtime=Runtime(device="cuda"))
+    config = trial.config.model_copy(update={"task": TypeAdapter(Task).validate_python(task)})
+    notes = run_trial(trial.model_copy(update={"config": config}), tmp_path).notes
+    assert any("made on the CPU and copied to the GPU" in note for note in notes) == copied

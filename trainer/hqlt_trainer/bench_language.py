@@ -16,7 +16,7 @@ from hqlt_search_space.trial import Runtime
 
 from hqlt_trainer.environment import reproducible
 from hqlt_trainer.model import build_model
-from hqlt_trainer.replicas import EAGER_STEPS, MicroBatch, Stack
+from hqlt_trainer.replicas import EAGER_STEPS, MicroBatch, Stack, StepData
 
 GIB = 2**30
 
@@ -32,7 +32,8 @@ def measure(model: str, size: str, batch: int, context: int, steps: int, profile
         stack = Stack([built], [recipe], torch.device("cuda"))
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(LANGUAGE_VOCABULARY, (batch, context + 1), generator=generator)
-        data = [MicroBatch(tokens[:, :-1].contiguous(), tokens[:, 1:].flatten(), None)]
+        part = MicroBatch(tokens[:, :-1].contiguous(), tokens[:, 1:].flatten(), None)
+        data = StepData((part,), torch.tensor([batch * context]))
         torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
         for step in range(EAGER_STEPS):
@@ -61,7 +62,7 @@ def measure(model: str, size: str, batch: int, context: int, steps: int, profile
             print(table_of_kernels(stack, data), flush=True)
 
 
-def table_of_kernels(stack: Stack, data: Sequence[MicroBatch], steps: int = 2) -> str:
+def table_of_kernels(stack: Stack, data: StepData, steps: int = 2) -> str:
     """Milliseconds a step of each kind of kernel, the longest first."""
     from torch.profiler import ProfilerActivity, profile
 

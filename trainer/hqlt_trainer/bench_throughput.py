@@ -160,9 +160,9 @@ def work(asked: dict[str, Any]) -> None:
         stack = Stack(models, [recipe] * n, torch.device(device))
         if not asked["captured"]:
             stack.not_captured = "not asked for"
-        with feed(task_data, recipe, range(n), 0, device) as data:
+        with feed(task_data, recipe, range(n), 0, device) as (data, _):
             for step in range(WARM_UP_STEPS):
-                stack.take_step(step, next(data).parts)
+                stack.take_step(step, next(data))
             stack.tallies()  # waits for a GPU
             print(json.dumps(stack.not_captured if asked["captured"] else None), flush=True)
             step = WARM_UP_STEPS
@@ -170,7 +170,7 @@ def work(asked: dict[str, Any]) -> None:
                 started, taken = time.perf_counter(), 0
                 while time.perf_counter() - started < float(line):
                     for _ in range(STEPS_BETWEEN_LOOKS[device]):
-                        stack.take_step(step, next(data).parts)
+                        stack.take_step(step, next(data))
                         step += 1
                         taken += n
                     stack.tallies()

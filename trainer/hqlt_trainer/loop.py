@@ -28,7 +28,7 @@ from hqlt_trainer.environment import peak_memory_bytes
 from hqlt_trainer.evaluation import EvaluationData, evaluate, knock_outs, mean_gates
 from hqlt_trainer.model import Model, build_model
 from hqlt_trainer.optimiser import load_optimiser_tensors, optimiser_tensors
-from hqlt_trainer.replicas import Stack, StepData, Tally, feed
+from hqlt_trainer.replicas import DataOrSource, Stack, Tally, feed
 from hqlt_trainer.tasks.batch import TaskData
 
 CURVE_POINTS = 50
@@ -147,7 +147,7 @@ class Replica:
     def tally(self) -> Tally:
         """The counts of `progress`, to go on from."""
         p = self.progress
-        return Tally(p.loss_sum, p.loss_count, p.bad_steps_in_a_row, p.skipped_steps, p.step)
+        return Tally(p.loss_sum, p.loss_count, p.bad_steps_in_a_row, p.skipped_steps, p.step, p.tokens)
 
     def read(self, tally: Tally) -> None:
         """Takes over what the stack has counted.
@@ -158,7 +158,7 @@ class Replica:
         recipe, progress = self.trial.config.recipe, self.progress
         progress.loss_sum, progress.loss_count = tally.loss_sum, tally.loss_count
         progress.bad_steps_in_a_row, progress.skipped_steps = tally.bad_in_a_row, tally.skipped
-        progress.step = tally.steps
+        progress.step, progress.tokens = tally.steps, tally.tokens
         if tally.has_diverged:
             raise ReplicaFailedError(
                 "diverged",
@@ -357,7 +357,7 @@ class Training:
         curve_every = math.ceil(steps / CURVE_POINTS)
         if self.step in rungs:
             self._each(lambda _, replica: replica.ask_to_go_on())
-        with feed(task_data, self.recipe, [r.seed for r in self.replicas], self.step, device) as data:
+        with feed(task_data, self.recipe, [r.seed for r in self.replicas], self.step, device) as (data, why_copied):
             while self.running and self.step < steps:
                 if self.callbacks.cancelled is not None and self.callbacks.cancelled():
                     self._save()
@@ -378,7 +378,9 @@ class Training:
                 if time.monotonic() - self._last_save > CHECKPOINT_SECONDS:
                     self._save()
         if self.stack.not_captured is not None:
-            self.notes = (f"a step is launched from Python, not as a CUDA graph: {self.stack.not_captured}",)
+            self.notes += (f"a step is launched from Python, not as a CUDA graph: {self.stack.not_captured}",)
+        if device == "cuda" and why_copied is not None:
+            self.notes += (f"training data is made on the CPU and copied to the GPU: {why_copied}",)
         if not self.running:
             return
         self._read()
@@ -419,16 +421,15 @@ class Training:
         for _, replica in self.running:
             replica.progress.accumulation = accumulation
 
-    def _take_step(self, data: StepData) -> None:
+    def _take_step(self, data: DataOrSource) -> None:
         started = time.perf_counter()
-        self.stack.take_step(self.step, data.parts)
+        self.stack.take_step(self.step, data)
         self.step += 1
         self._show_life()
         running = self.running
         seconds = (time.perf_counter() - started) / len(running)  # shared, so that seconds of replicas can be added
-        for i, replica in running:
+        for _, replica in running:
             replica.progress.step = self.step
-            replica.progress.tokens += data.tokens[i]
             replica.progress.train_seconds += seconds
 
     def _show_life(self) -> None:

@@ -14,11 +14,12 @@ rule of every operation; and it has none for our convolution. One batch for all 
 
 import copy
 import functools
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from hqlt_kernels.linear_cross_entropy import linear_cross_entropy
@@ -28,7 +29,7 @@ from torch import Tensor
 from hqlt_trainer.model import Model
 from hqlt_trainer.optimiser import JointAdamW, build_optimiser, learning_rate, set_learning_rate, set_parameter
 from hqlt_trainer.precision import autocast
-from hqlt_trainer.tasks.batch import IGNORED, Batch, TaskData
+from hqlt_trainer.tasks.batch import IGNORED, Batch, Rows, TaskData
 
 MAX_BAD_STEPS = 10
 """Non-finite steps in a row that are skipped; one more fails the replica."""
@@ -82,10 +83,22 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class StepData:
-    """The data of one step, and how many tokens of it are no padding, for each replica."""
+    """The data of one step."""
 
     parts: tuple[MicroBatch, ...]
-    tokens: tuple[int, ...]
+    tokens: Tensor
+    """How many tokens of each replica are no padding, int64 [replicas]."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (*(x for part in self.parts for x in part.tensors), self.tokens)
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> "StepData":
+        return StepData(tuple(part.map(f) for part in self.parts), f(self.tokens))
+
+
+DataOrSource = StepData | Callable[[], StepData]
+"""The data of a step, or what makes them as part of the step: of the next one whenever it is called."""
 
 
 def step_data(batches: Sequence[Batch], accumulation: int) -> StepData:
@@ -100,29 +113,44 @@ def step_data(batches: Sequence[Batch], accumulation: int) -> StepData:
         assert bool((by_replica == by_replica[0]).all()), "replicas score equally many positions a step"
         at = None if bool(is_scored.all()) else is_scored.nonzero().squeeze(-1)
         parts.append(MicroBatch(inputs, targets.flatten() if at is None else targets.flatten()[at], at))
-    return StepData(tuple(parts), tuple(int(b.lengths.sum()) for b in batches))
+    return StepData(tuple(parts), torch.stack([b.lengths.sum() for b in batches]))
+
+
+def step_data_of_rows(rows: Rows, accumulation: int) -> StepData:
+    """The same of `rows`, a stream for each replica, without a look at them."""
+    parts = []
+    for inputs, answers, lengths in zip(*(x.chunk(accumulation, dim=1) for x in rows), strict=True):
+        n, width = lengths.numel(), inputs.shape[-1]
+        before = torch.arange(-1, n * width - 1, width, device=inputs.device)  # each row's first token
+        parts.append(MicroBatch(inputs.flatten(0, 1), answers.flatten(), before + lengths.flatten()))
+    return StepData(tuple(parts), rows.lengths.sum(1))
 
 
 @contextmanager
 def feed(
     task_data: TaskData, recipe: Recipe, seeds: Sequence[int], first_step: int, device: str
-) -> Iterator[Iterator[StepData]]:
-    """The data of `first_step` and of every step after it, for the replicas of `seeds`.
+) -> Iterator[tuple[Iterator[DataOrSource], str | None]]:
+    """What `Stack.take_step` takes at `first_step` and at every step after it, for the replicas of `seeds`.
 
-    For a GPU it is made in a thread, some steps ahead, in memory that can be copied from without waiting.
+    A step makes its data itself, or, where the task cannot do that, they are made beforehand on the CPU: then the
+    second value says why, and for a GPU they are made in a thread, some steps ahead, in memory that can be copied from
+    without waiting.
     """
+    source = task_data.row_source(seeds, recipe.batch, first_step, device)
+    steps = range(first_step, recipe.steps)
+    if not isinstance(source, str):
+        make_rows = source
+        yield itertools.repeat(lambda: step_data_of_rows(make_rows(), recipe.accumulation), len(steps)), None
+        return
 
     def make(step: int) -> StepData:
         made = step_data(
             [task_data.train_batch(step, recipe.batch, seed, "cpu") for seed in seeds], recipe.accumulation
         )
-        if device == "cpu":
-            return made
-        return StepData(tuple(part.map(Tensor.pin_memory) for part in made.parts), made.tokens)
+        return made if device == "cpu" else made.map(Tensor.pin_memory)
 
-    steps = range(first_step, recipe.steps)
     if device == "cpu":
-        yield map(make, steps)
+        yield map(make, steps), source
         return
     with ThreadPoolExecutor(1) as thread:
         waiting: deque[Future[StepData]] = deque()
@@ -136,7 +164,7 @@ def feed(
                 yield waiting.popleft().result()
 
         try:
-            yield ahead()
+            yield ahead(), source
         finally:
             thread.shutdown(cancel_futures=True)
 
@@ -150,6 +178,7 @@ class Tally:
     bad_in_a_row: int
     skipped: int
     steps: int
+    tokens: int
 
     @property
     def has_diverged(self) -> bool:
@@ -160,8 +189,8 @@ class Stack:
     """The models of some replicas, and the step they take together.
 
     A step reads nothing back from the device. What happens is counted there: sum and number of the finite losses,
-    non-finite steps in a row and in all, steps taken. A replica leaves by `leave`, or by itself after more than
-    `MAX_BAD_STEPS` non-finite steps in a row; its weights, moments and counts then stay as they are.
+    non-finite steps in a row and in all, steps and tokens taken. A replica leaves by `leave`, or by itself after more
+    than `MAX_BAD_STEPS` non-finite steps in a row; its weights, moments and counts then stay as they are.
     """
 
     def __init__(self, members: Sequence[Model], recipes: Sequence[Recipe], device: torch.device) -> None:
@@ -179,7 +208,7 @@ class Stack:
         self._stacked = list(self.model.parameters())
         self._parameters = [list(member.parameters()) for member in members]
         n = len(members)
-        self._counts = torch.zeros(5, n, dtype=torch.float64, device=device)  # the rows are Tally's fields
+        self._counts = torch.zeros(6, n, dtype=torch.float64, device=device)  # the rows are Tally's fields
         self._is_in = torch.ones(n, dtype=torch.bool, device=device)
         self._skips = torch.zeros(n, device=device)
         for optimiser, skip in zip(self.optimisers, self._skips, strict=True):
@@ -193,8 +222,10 @@ class Stack:
         if device.type == "cuda":
             self._side_stream = _side_stream(device)
 
-    def take_step(self, step: int, data: Sequence[MicroBatch]) -> None:
+    def take_step(self, step: int, data: DataOrSource) -> None:
         """One step of every replica that has not left, on the mean loss over its scored positions.
+
+        A step that is captured makes its data as the first one did, or copies them to where those lay.
 
         A step whose loss or gradient is not finite changes neither weights nor moments of that replica.
         """
@@ -212,25 +243,28 @@ class Stack:
             self._eager_steps += 1
             self._side_stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._side_stream):
-                self._compute([part.map(self._to_device) for part in data])
+                self._compute(self._on_device(data))
             torch.cuda.current_stream().wait_stream(self._side_stream)
         else:
             self._capture(data)
             self.take_step(step, data)
 
-    def _capture(self, data: Sequence[MicroBatch]) -> None:
+    def _capture(self, data: DataOrSource) -> None:
         try:
-            self._captured = _Captured(self._compute, [part.map(self._to_device) for part in data])
+            self._captured = _Captured(self._compute, self._on_device(data))
         except RuntimeError as error:  # torch's own, of which CUDA's errors are a kind
             torch.cuda.synchronize()
             self.not_captured = str(error).partition("\n")[0]
             self._forget_gradients()
 
-    def _to_device(self, x: Tensor) -> Tensor:
-        return x.to(self.device, non_blocking=True)
+    def _on_device(self, data: DataOrSource) -> DataOrSource:
+        return data.map(lambda x: x.to(self.device, non_blocking=True)) if isinstance(data, StepData) else data
 
-    def _compute(self, data: Sequence[MicroBatch]) -> None:
-        self._update(self._backward(data))
+    def _compute(self, data: DataOrSource) -> None:
+        if not isinstance(data, StepData):
+            data = data()
+        losses = self._backward(data.parts)
+        self._update(losses, data.tokens)
 
     def _backward(self, data: Sequence[MicroBatch]) -> Tensor:
         """The losses [replicas]; gradients are left where they belong."""
@@ -248,7 +282,7 @@ class Stack:
         return torch.stack(losses).sum(0)
 
     @torch.no_grad()
-    def _update(self, losses: Tensor) -> None:
+    def _update(self, losses: Tensor, tokens: Tensor) -> None:
         clip = self.recipes[0].clip
         if self._joint is not None:
             joined = self._joint.gradients()
@@ -256,7 +290,7 @@ class Stack:
             is_finite = torch.isfinite(losses + lengths)
             self._joint.step(joined, lengths, is_finite & self._is_in, clip)
             self._forget_gradients()
-            self._count(losses, is_finite)
+            self._count(losses, is_finite, tokens)
             return
         if len(self.members) > 1:
             for stacked, *slices in zip(self._stacked, *self._parameters, strict=True):
@@ -272,15 +306,15 @@ class Stack:
                 torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
             optimiser.step()
         self._forget_gradients()
-        self._count(losses, is_finite)
+        self._count(losses, is_finite, tokens)
 
     def _forget_gradients(self) -> None:
         for parameters in (self._stacked, *self._parameters):
             for parameter in parameters:
                 parameter.grad = None
 
-    def _count(self, losses: Tensor, is_finite: Tensor) -> None:
-        loss_sum, loss_count, bad_in_a_row, skipped, steps = self._counts
+    def _count(self, losses: Tensor, is_finite: Tensor, tokens: Tensor) -> None:
+        loss_sum, loss_count, bad_in_a_row, skipped, steps, tokens_taken = self._counts
         taken = is_finite & self._is_in
         lost = ~is_finite & self._is_in
         loss_sum += torch.where(taken, losses, 0)
@@ -289,6 +323,7 @@ class Stack:
         bad_in_a_row.masked_fill_(taken, 0)
         skipped += lost
         steps += self._is_in
+        tokens_taken += self._is_in * tokens
         self._is_in &= bad_in_a_row <= MAX_BAD_STEPS
 
     def tallies(self) -> list[Tally]:
@@ -297,8 +332,7 @@ class Stack:
 
     def set_tally(self, index: int, tally: Tally) -> None:
         """Goes on counting from `tally`."""
-        values = [tally.loss_sum, tally.loss_count, tally.bad_in_a_row, tally.skipped, tally.steps]
-        self._counts[:, index] = torch.tensor(values, dtype=torch.float64)
+        self._counts[:, index] = torch.tensor(astuple(tally), dtype=torch.float64)
 
     def forget_losses(self) -> None:
         """Starts the sum and number of the losses anew."""
@@ -318,16 +352,16 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 class _Captured:
     """A step as a CUDA graph: one launch, whatever it consists of."""
 
-    def __init__(self, compute: Callable[[Sequence[MicroBatch]], None], data: Sequence[MicroBatch]) -> None:
-        """`data`, on the device, is where the graph will read; capturing computes nothing."""
+    def __init__(self, compute: Callable[[DataOrSource], None], data: DataOrSource) -> None:
+        """Data on the device are where the graph will read, a source becomes part of it. Capturing computes nothing."""
         self._data = data
         self._graph = torch.cuda.CUDAGraph()
         # Of this thread alone: the one that makes data allocates pinned memory meanwhile.
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             compute(data)
 
-    def replay(self, data: Sequence[MicroBatch]) -> None:
-        for kept, new in zip(self._data, data, strict=True):
-            for to, source in zip(kept.tensors, new.tensors, strict=True):
+    def replay(self, data: DataOrSource) -> None:
+        if isinstance(self._data, StepData) and isinstance(data, StepData):
+            for to, source in zip(self._data.tensors, data.tensors, strict=True):
                 to.copy_(source, non_blocking=True)
         self._graph.replay()

@@ -1,7 +1,7 @@
 """What the training loop asks of a task: batches that are pure functions of (seed, step), and fixed evaluation data."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -27,6 +27,23 @@ class Batch(NamedTuple):
     """What is to be predicted at each position, int64 [B, T]; `IGNORED` where nothing is scored."""
     lengths: Tensor
     """Tokens of each row that are not padding, int64 [B]."""
+
+
+class Rows(NamedTuple):
+    """Sequences with one answer each, predicted at the last token: some rows for each of some streams."""
+
+    inputs: Tensor
+    """Tokens, int64 [streams, rows, T], padded at the end."""
+    answers: Tensor
+    """int64 [streams, rows]."""
+    lengths: Tensor
+    """Tokens that are not padding, int64 [streams, rows]."""
+
+    def batch(self) -> Batch:
+        """The rows of the first stream, then those of the second."""
+        inputs, answers, lengths = (x.flatten(0, 1) for x in self)
+        targets = torch.full_like(inputs, IGNORED).scatter_(1, lengths[:, None] - 1, answers[:, None])
+        return Batch(inputs, targets, lengths)
 
 
 @dataclass(frozen=True)
@@ -68,6 +85,15 @@ class TaskData(Protocol):
 
         A pure function of its arguments, equal on every device, and fresh for every (seed, step): a resumed run needs
         no data state.
+        """
+
+    def row_source(self, seeds: Sequence[int], batch: int, first_step: int, device: Device) -> Callable[[], Rows] | str:
+        """Makes the training data of `seeds` on `device`: of `first_step` when it is called first, then of the next.
+
+        The same rows as `train_batch` for each seed. A call reads nothing back and copies nothing to the device, so a
+        CUDA graph can contain it, and then gives the data of the next step whenever it is replayed.
+
+        A sentence that says why, where a task's data cannot be made so.
         """
 
     def evaluation_batches(self, split: Split, batch: int, device: Device) -> Iterator[Batch]:

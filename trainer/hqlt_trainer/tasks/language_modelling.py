@@ -1,6 +1,6 @@
 """Byte-level language modelling: next-byte prediction on a corpus, vocabulary 257."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from hqlt_search_space import tasks
@@ -56,6 +56,9 @@ class LanguageModellingData:
         starts = rng.integers(0, len(self._train) - context, batch)
         windows = self._train[starts[:, None] + np.arange(context + 1)]
         return to_batch(windows[:, :-1], windows[:, 1:], np.full(batch, context), device)
+
+    def row_source(self, seeds: Sequence[int], batch: int, first_step: int, device: Device) -> str:
+        return "the text is in the host's memory, where it takes none of the GPU's"
 
     def evaluation_batches(self, split: Split, batch: int, device: Device) -> Iterator[Batch]:
         tokens = evaluation_tokens(self._task, split).astype(np.int16)

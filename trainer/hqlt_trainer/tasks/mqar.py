@@ -4,7 +4,7 @@ The published generator takes fillers from an unseeded source, and 0.8 % of them
 query without an answer. Here everything comes from the seed and fillers are never keys of their row.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -42,6 +42,9 @@ class MqarData:
     def train_batch(self, step: int, batch: int, seed: int, device: Device) -> Batch:
         rng = random_stream(self._task.kind, self._task.version, "train", seed, step)
         return to_batch(*_sequences(rng, batch, self._task.vocab_size, *_shape(self._task, "train")), device)
+
+    def row_source(self, seeds: Sequence[int], batch: int, first_step: int, device: Device) -> str:
+        return "keys are drawn again until none repeats, and whether one does must be looked at"
 
     def evaluation_batches(self, split: Split, batch: int, device: Device) -> Iterator[Batch]:
         return cropped_batches(*_evaluation_sequences(self._task, split), batch, device)
