@@ -474,8 +474,8 @@ def test_a_process_killed_while_mlflow_makes_its_tables_leaves_no_half_database(
     database = tmp_path / "mlflow.db"
     make = f"""
 from pathlib import Path
-from hqlt_orchestration.tracking.mirror import _make_database
-_make_database(Path({str(database)!r}), Path("artifacts"))
+from hqlt_orchestration.tracking.mirror import Mirror
+Mirror("sqlite:///{database}", Path("artifacts"), "study")
 """
     maker = subprocess.Popen([sys.executable, "-c", make], stderr=subprocess.DEVNULL)
     while not any(path.stat().st_size for path in tmp_path.rglob("mlflow.db")):

@@ -49,11 +49,11 @@ class Mirror:
         """Find what MLflow has of `study`; `is_new` says that it had nothing."""
         from mlflow import MlflowClient
 
+        local = uri.startswith("sqlite:")
+        if local:  # before a client is made, which would make MLflow's tables in place
+            _make_database(Path(uri.removeprefix("sqlite:///")), artifacts)
         self._client = MlflowClient(tracking_uri=uri)
         self._study = study
-        local = uri.startswith("sqlite:")
-        if local:
-            _make_database(Path(uri.removeprefix("sqlite:///")), artifacts)
         found = self._client.get_experiment_by_name(study)
         self.is_new = found is None
         if found is None:
@@ -278,9 +278,16 @@ KINDS = frozenset(name.removeprefix("_on_") for name in vars(Mirror) if name.sta
 
 def knock(uri: str) -> None:
     """Ask something cheap: raises as long as MLflow does not answer as it should."""
+    if _is_missing(uri):
+        return
     from mlflow import MlflowClient
 
     MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
+
+
+def _is_missing(uri: str) -> bool:
+    """Whether MLflow's database is a file that is not there; a client of MLflow's would make it, table by table."""
+    return uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists()
 
 
 def is_refusal(error: Exception) -> bool:
@@ -295,7 +302,7 @@ def is_refusal(error: Exception) -> bool:
 
 def delete_experiment(uri: str, study: str) -> None:
     """Mark the experiment of a study as deleted, in MLflow's own way: it can be restored there."""
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+    if _is_missing(uri):
         return
     from mlflow import MlflowClient
 
