@@ -38,16 +38,19 @@ class _Column:
         return [part.rjust(width) if self.right else part.ljust(width) for part in broken]
 
 
-def front_text(results: StudyResults, width: int = 80) -> str:
+def front_text(results: StudyResults, width: int = 80, most: int | None = None) -> str:
     """The front as plain text of at most `width` columns; a sentence if the study has none yet.
+
+    With `most` only so many members, and how many there are besides.
 
     Number, the shortest trial id that is unique in the study, mixers, objectives, and seeds where they say more than
     one each. Below, in sentences, what kind of values these are. With many objectives the mixers stand on a line of
     their own; only objectives that cannot stand side by side at all make a line longer than `width`.
     """
-    members = front_members(results)
-    if not members:
+    every_member = front_members(results)
+    if not every_member:
         return f"study {results.name!r} has no complete trial yet, so it has no front\n"
+    members = every_member[:most]
     digits = id_length(results)
     columns = [
         _Column("no.", [str(member.record.number) for member in members], right=True),
@@ -59,7 +62,10 @@ def front_text(results: StudyResults, width: int = 80) -> str:
     if any(member.n_seeds != 1 or member.n_failed for member in members):
         columns.append(_Column("seeds", [_seeds(member) for member in members], right=True))
     mixers = _Column("mixers, first layer to last", [describe(member.record.config.arch) for member in members])
-    return _with_remarks(_lay_out(columns, mixers, 2, width), front_remarks(results, members), width)
+    lines = _lay_out(columns, mixers, 2, width)
+    if len(members) < len(every_member):
+        lines.append(f"and {len(every_member) - len(members)} more: hqlt pareto {results.name}")
+    return _with_remarks(lines, front_remarks(results, every_member), width)
 
 
 def ablation_text(table: AblationTable, width: int = 80) -> str:

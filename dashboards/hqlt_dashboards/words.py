@@ -51,6 +51,15 @@ def spoken(name: str) -> str:
     return name.replace("_", " ")
 
 
+def counted(count: int, thing: str) -> str:
+    """`count` things.
+
+    >>> counted(1, "trial"), counted(12, "trial")
+    ('1 trial', '12 trials')
+    """
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+
+
 def axis_label(name: str) -> str:
     """A metric's or cost's name with its unit.
 

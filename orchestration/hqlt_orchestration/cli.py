@@ -1,5 +1,6 @@
 """The `hqlt` command. Parsing only: every command imports its implementation when it runs."""
 
+import errno
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -34,6 +35,7 @@ ExecutorName = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="For programs.")]
 DEFAULT_DATA = Path("hqlt-data")
+CTRL_C = 130  # the exit code that typer makes of it
 
 
 def _print_version(wanted: bool) -> None:
@@ -306,6 +308,11 @@ def main() -> None:
     """Entry point: an error that the user can mend is one message and its exit code, never a traceback."""
     try:
         app()
+    except SystemExit as ended:
+        if ended.code != CTRL_C:
+            raise
+        typer.echo("interrupted", err=True)
+        sys.exit(1)
     except HqltError as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         sys.exit(error.exit_code)
@@ -321,6 +328,8 @@ def main() -> None:
             f"error: the store holds a {error.title} that this hqlt cannot read: {said[:300]}", fg="red", err=True
         )
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("stopped; `hqlt study resume NAME` continues", err=True)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        typer.secho("error: there is no space left to write to; nothing that was committed is lost", fg="red", err=True)
         sys.exit(1)

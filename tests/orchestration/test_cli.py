@@ -134,7 +134,8 @@ def mlflow_runs(database: Path) -> list[tuple[str, str]]:
 
 @pytest.fixture
 def made(hqlt: Run, tmp_path: Path) -> Run:
-    """`hqlt` beside a store that holds the study `nothing`, without results."""
+    """`hqlt` beside a store that holds the study `nothing` with a trial, and without results."""
+    from hqlt_orchestration.records.ledger import NewTrial
     from hqlt_orchestration.records.store import Store
     from hqlt_orchestration.records.tables import StudyRow
     from hqlt_search_space.study_file import load_study
@@ -144,6 +145,7 @@ def made(hqlt: Run, tmp_path: Path) -> Run:
     study = load_study(file)
     ledger = Store(tmp_path / "hqlt-data").open()
     ledger.add_study(StudyRow.of(study))
+    ledger.add_trial(study.name, NewTrial("search", next(iter(study.configs()))[1], {}, {}, study.seeds))
     ledger.close()
     return hqlt
 
@@ -154,7 +156,9 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "resume of unknown": (["study", "resume", "x"], "no study 'x'"),
     "path as a name": (["pareto", "../nothing"], "no study '../nothing'"),
     "unknown trial": (["rerun", "nothing/4"], "no trial 'nothing/4'"),
-    "unknown id": (["logs", "abcdef"], "no trial 'abcdef'"),
+    "no number": (["rerun", "nothing/first"], "no trial 'nothing/first'; did you mean 'nothing/0'?"),
+    "unknown id": (["logs", "abcdef"], "no trial 'abcdef'; there is nothing/0"),
+    "a study for a trial": (["study", "cancel", "nothing"], "did you mean 'nothing/0'?"),
     "front without results": (["pareto", "nothing"], "no complete trial yet"),
     "unknown suffix": (["pareto", "nothing", "--out", "front.xls"], "front.xls"),
     "table of a search": (["ablation", "nothing"], "is a search"),
@@ -174,6 +178,26 @@ def test_a_wrong_request_gets_a_sentence(case: str, made: Run) -> None:
     assert "Traceback" not in err
     assert "secret" not in err
     assert code == (1 if "without results" in case else 2)
+
+
+def test_an_interrupt_gets_a_sentence_before_the_first_trial_and_none_where_it_is_how_one_ends(
+    made: Run, tmp_path: Path
+) -> None:
+    def started(*arguments: str) -> subprocess.Popen[str]:
+        pipe = subprocess.PIPE
+        return subprocess.Popen([HQLT, "study", *arguments], cwd=tmp_path, stdout=pipe, stderr=pipe, text=True)
+
+    watched, run = started("status", "--watch"), started("run", "nothing.yaml", "--executor", "inline")
+    assert watched.stdout is not None
+    assert run.stderr is not None
+    assert "nothing" in watched.stdout.readline()
+    assert "results go to" in run.stderr.readline()
+    for command in (watched, run):
+        command.send_signal(signal.SIGINT)
+    _, said = run.communicate(timeout=60)
+    assert "continue with: hqlt study resume nothing" in said or "on: hqlt study resume nothing" in said, said
+    assert (run.returncode, "Traceback" in said) == (1, False), said
+    assert (watched.wait(60), watched.communicate()[1]) == (0, "")
 
 
 def test_a_study_of_the_same_name_and_another_space_is_refused_with_the_difference(made: Run, tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
 """What the commands that only read show: status, list, front, ablation table, logs."""
 
 import json
+import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from hqlt_dashboards.front import front, front_hypervolume
@@ -24,7 +25,12 @@ from hqlt_orchestration.records.store import Store
 
 WATCH_EVERY_S = 2.0
 FOLLOW_EVERY_S = 0.3
-SHOWN_FAILURES = 8
+SHOWN = 8  # lines of one kind in a status: it is to fit a screen
+
+
+def screen_width() -> int:
+    """Columns that a table may have: the terminal's, from 60 to 120; 80 where there is none."""
+    return min(120, max(60, shutil.get_terminal_size().columns)) if sys.stdout.isatty() else 80
 
 
 def status(name: str | None, store: Store, *, as_json: bool, watch: bool) -> None:
@@ -41,7 +47,17 @@ def status(name: str | None, store: Store, *, as_json: bool, watch: bool) -> Non
         print(text, flush=True)
         if not watch or (name is not None and ledger.study(name).state == "complete"):
             return
-        time.sleep(WATCH_EVERY_S)
+        if _is_interrupted(WATCH_EVERY_S):
+            return
+
+
+def _is_interrupted(seconds: float) -> bool:
+    """Whether Ctrl-C was pressed within `seconds`: that is how one ends `--watch` and `--follow`."""
+    try:
+        time.sleep(seconds)
+    except KeyboardInterrupt:
+        return True
+    return False
 
 
 def list_studies(store: Store) -> None:
@@ -80,18 +96,19 @@ def status_text(ledger: Ledger, name: str, *, as_json: bool) -> str:
     lines = [f"{name}: {row.state}, {sum(counts.values())} of {row.budget} trials: {shown}"]
     if row.note:
         lines.append(row.note)
-    lines += _drivers(ledger, name)
-    lines += _running(ledger, name)
+    drivers = list(_drivers(ledger, name))
+    lines += drivers
+    lines += _few(_running(ledger, name))
     study = Study.from_json(row.study)
     if study.ablation is not None and any(record.replicas for record in results.trials):
         published = published_tables(results)
-        text = published_text(published) if published else ablation_texts(results, metric_of(study))
+        text = published_text(published, screen_width()) if published else ablation_texts(results, metric_of(study))
         lines += ["", text.rstrip()]
     elif members:
-        lines += ["", front_text(results).rstrip()]
+        lines += ["", front_text(results, screen_width(), most=SHOWN).rstrip()]
     lines += _failures(ledger, results)
-    lines += _incidents(ledger, name)
-    if row.state != "complete":
+    lines += _few(_incidents(ledger, name))
+    if row.state != "complete" and not drivers:
         lines += ["", f"continue with: hqlt study resume {name}"]
     return "\n".join(lines)
 
@@ -112,14 +129,18 @@ def _running(ledger: Ledger, name: str) -> Iterator[str]:
 def _failures(ledger: Ledger, results: StudyResults) -> list[str]:
     bad = [record for record in results.trials if record.state in ("failed", "quarantined")]
     last_words = {attempt.number: attempt.message for attempt in ledger.attempts(results.name) if attempt.message}
-    lines = [""] if bad else []
-    for record in bad[:SHOWN_FAILURES]:
+    lines = []
+    for record in bad:
         failed = [replica for replica in record.replicas if replica.status == "failed"]
         message = (failed[0].message or str(failed[0].reason)) if failed else last_words.get(record.number, "")
         lines.append(f"trial {record.number} {record.state}: {_last_line(message or 'no message')}")
-    if len(bad) > SHOWN_FAILURES:
-        lines.append(f"and {len(bad) - SHOWN_FAILURES} more")
-    return lines
+    return ["", *_few(lines)] if lines else []
+
+
+def _few(lines: Iterable[str]) -> list[str]:
+    """The first of `lines`, and how many there are beyond."""
+    lines = list(lines)
+    return lines[:SHOWN] + ([f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else [])
 
 
 def _incidents(ledger: Ledger, name: str) -> Iterator[str]:
@@ -162,7 +183,7 @@ def pareto(name: str, out: Path | None, store: Store) -> None:
         return
     if not front(results.trials, results.objectives, results.constraints):
         raise NoResultError(f"study {name!r} has no complete trial yet, so it has no front")
-    print(front_text(results), end="")
+    print(front_text(results, screen_width()), end="")
 
 
 def ablation(name: str, out: Path | None, metric: str | None, store: Store) -> None:
@@ -203,13 +224,14 @@ def ablation_texts(results: StudyResults, metric: str) -> str:
     from hqlt_dashboards.ablation import ablation_table, by_task
     from hqlt_dashboards.tables import ablation_text
 
-    parts = by_task(results)
+    parts, width = by_task(results), screen_width()
     texts = [
-        (f"{part.name}: {spoken(metric)}\n\n" if len(parts) > 1 else "") + ablation_text(ablation_table(part, metric))
+        (f"{part.name}: {spoken(metric)}\n\n" if len(parts) > 1 else "")
+        + ablation_text(ablation_table(part, metric), width)
         for part in parts
     ]
     published = published_tables(results)
-    return "\n".join([*texts, published_text(published)] if published else texts)
+    return "\n".join([*texts, published_text(published, width)] if published else texts)
 
 
 def metric_of(study: Study) -> str:
@@ -239,6 +261,5 @@ def logs(trial: str, store: Store, *, seed: int | None, follow: bool) -> None:
                 file.seek(shown)
                 print(file.read(), end="", flush=True)
                 shown = file.tell()
-        if not follow or ended:
+        if not follow or ended or _is_interrupted(FOLLOW_EVERY_S):
             return
-        time.sleep(FOLLOW_EVERY_S)

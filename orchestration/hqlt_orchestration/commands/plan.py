@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hqlt_dashboards.ablation import BASELINE
-from hqlt_dashboards.words import describe, format_value, spoken
+from hqlt_dashboards.words import counted, describe, format_value, spoken
 from hqlt_search_space.axes import AxisDomain, AxisValue, Choices, IntegerRange, RealRange
 from hqlt_search_space.cost import costs
 from hqlt_search_space.errors import InvalidArchError, StudyFileError
@@ -48,15 +48,18 @@ def print_plan(file: Path, store: Store) -> None:
 
 
 def _summary(study: Study) -> str:
-    seeds = f"{len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''} each"
+    seeds = f"{counted(len(study.seeds), 'seed')} each"
     if study.search is None:
         tasks = [spoken(part.task.kind) for part in study.by_task()]
-        return f"ablation {study.name}: {study.n_trials} cells, {seeds}, on {' and '.join(tasks)}"
+        return f"ablation {study.name}: {counted(study.n_trials, 'cell')}, {seeds}, on {' and '.join(tasks)}"
     size = study.size()
     space = "infinitely many, or too many to count" if size is None else f"{size:,}"
-    replicated = f", then the front over {len(study.replication.seeds)} fresh seeds" if study.replication else ""
+    replicated = (
+        f", then the front over {counted(len(study.replication.seeds), 'fresh seed')}" if study.replication else ""
+    )
+    trials = counted(min(study.n_trials, size or study.n_trials), "trial")
     return (
-        f"search {study.name}: {min(study.n_trials, size or study.n_trials)} trials ({study.search.sampler.kind}), "
+        f"search {study.name}: {trials} ({study.search.sampler.kind}), "
         f"{seeds}{replicated}\ndistinct configs within the constraints: {space}"
     )
 
@@ -76,7 +79,7 @@ def print_cost(file: Path, store: Store) -> None:
     else:
         found = list(some_configs(study))
     table = [costs(config) for config in found]
-    print(f"{'':<18}{'smallest':>12}{'median':>12}{'largest':>12}   of {len(table)} configs")
+    print(f"{'':<18}{'smallest':>12}{'median':>12}{'largest':>12}   of {counted(len(table), 'config')}")
     for name in SHOWN:
         values = sorted(cost[name] for cost in table)
         cells = (values[0], statistics.median(values), values[-1])
@@ -92,7 +95,7 @@ def _hours(study: Study, mean_flops: float, store: Store) -> str:
     speed = _speed(store)
     stopped = "; early stopping makes it less" if study.early_stopping else ""
     after = "; replication comes on top" if study.replication else ""
-    lead = f"{n_models} models, {format_value('training_flops', total)} FLOP in training"
+    lead = f"{counted(n_models, 'model')}, {format_value('training_flops', total)} FLOP in training"
     if speed is None:
         return f"{lead}{stopped}{after}. Hours: not known until a study has run with this data folder"
     hours = total / speed / study.budget.parallel / 3600

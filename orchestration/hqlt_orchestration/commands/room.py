@@ -4,6 +4,7 @@ import shutil
 from itertools import islice
 from pathlib import Path
 
+from hqlt_dashboards.words import counted, format_value
 from hqlt_search_space.cost import costs
 from hqlt_search_space.errors import ResourceError
 from hqlt_search_space.study import Study
@@ -34,13 +35,13 @@ def check_room(study: Study, n_left: int, store: Store) -> str | None:
     free = shutil.disk_usage(_existing(store.data)).free
     if free < first:
         raise ResourceError(
-            f"{store.data} has {_mib(free)} free, and {study.budget.parallel} trials at a time need {_mib(first)} for "
-            "their checkpoints; free some space, or give another folder with --data"
+            f"{store.data} has {_size(free)} free, and {counted(study.budget.parallel, 'trial')} at a time may need "
+            f"{_size(first)} for checkpoints; free some space, or give another folder with --data"
         )
     if free < all_of_it:
         return (
-            f"{store.data} has {_mib(free)} free, and this study may come to write {_mib(all_of_it)}: it would pause; "
-            f"`hqlt study gc {study.name}` removes the checkpoints of trials off the front"
+            f"{store.data} has {_size(free)} free, and this study may come to write {_size(all_of_it)}: it would "
+            f"pause; `hqlt study gc {study.name}` removes the checkpoints of trials off the front"
         )
     return None
 
@@ -61,5 +62,5 @@ def _existing(folder: Path) -> Path:
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
-def _mib(n_bytes: float) -> str:
-    return f"{n_bytes / 2**20:,.0f} MiB"
+def _size(n_bytes: float) -> str:
+    return format_value("bytes", n_bytes)

@@ -22,6 +22,7 @@ from hqlt_orchestration.driving.doors import doors, open_doors_sentence
 from hqlt_orchestration.driving.packing import Need, need_of
 from hqlt_orchestration.driving.progress import ProgressView
 from hqlt_orchestration.records.database import shown
+from hqlt_orchestration.records.drivers import living
 from hqlt_orchestration.records.ledger import Ledger
 from hqlt_orchestration.records.results import study_results
 from hqlt_orchestration.records.store import Store
@@ -29,6 +30,7 @@ from hqlt_orchestration.records.tables import FINISHED, StudyRow
 
 if TYPE_CHECKING:
     from hqlt_orchestration.driving.executor import Executor
+    from hqlt_orchestration.driving.runner import Ending
     from hqlt_orchestration.tracking.spool import Spool
 
 ExecutorName = Literal["ray", "inline"]
@@ -126,6 +128,21 @@ def _drive(study: Study, store: Store, ledger: Ledger, machine: Machine) -> int:
         print(f"study {study.name} is complete; give it more trials with: hqlt study extend", file=sys.stderr)
         return _conclude(study, study_results(ledger, study.name), "complete")
     store.refuse_links(study.name)
+    try:
+        ending = _run_to_an_end(study, store, ledger, machine)
+    except KeyboardInterrupt:
+        ledger.update_study(study.name, state="paused")
+        print(f"ended at once; from the last checkpoints on: hqlt study resume {study.name}", file=sys.stderr)
+        return 1
+    return _conclude(study, study_results(ledger, study.name), ending)
+
+
+def _run_to_an_end(study: Study, store: Store, ledger: Ledger, machine: Machine) -> "Ending":
+    """Run `study` until it is complete or pauses.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C before the first trial, or the second one.
+    """
     with ExitStack() as stack:
         stack.callback(ledger.close)
         # Ray takes seconds to start: it does so while the samplers and the tables are loaded.
@@ -168,13 +185,8 @@ def _drive(study: Study, store: Store, ledger: Ledger, machine: Machine) -> int:
             ending = driver.run()
             drain_s = DRAIN_S if ending == "complete" else PAUSED_DRAIN_S
             ledger.update_study(study.name, state=ending)
-            results = study_results(ledger, study.name)
             if ending == "complete":
-                _export_front(results, store, spool)
-        except KeyboardInterrupt:
-            ledger.update_study(study.name, state="paused")
-            print(f"ended at once; from the last checkpoints on: hqlt study resume {study.name}", file=sys.stderr)
-            return 1
+                _export_front(study_results(ledger, study.name), store, spool)
         finally:
             left = spool.close(drain_s)
         if spool.broken:
@@ -184,7 +196,7 @@ def _drive(study: Study, store: Store, ledger: Ledger, machine: Machine) -> int:
                 f"MLflow at {shown(store.mlflow_uri)} took not everything: {left:,} bytes wait in "
                 f"{store.spool_folder(study.name)} and are sent with the next run"
             )
-    return _conclude(study, results, ending)
+    return ending
 
 
 def _n_left(ledger: Ledger, name: str) -> int:
@@ -197,12 +209,12 @@ def _conclude(study: Study, results: StudyResults, ending: str) -> int:
     if ending == "paused":
         print(f"paused; continue with: hqlt study resume {study.name}", file=sys.stderr)
         return 1
+    from hqlt_orchestration.commands.look import ablation_texts, metric_of, screen_width
+
     if not any(record.state == "complete" for record in results.trials):
         print(f"study {study.name}: no trial has a result; see: hqlt study status {study.name}", file=sys.stderr)
         return 1
     if study.ablation is not None:
-        from hqlt_orchestration.commands.look import ablation_texts, metric_of
-
         print(ablation_texts(results, metric_of(study)), end="")
         print(
             f"\nnext: hqlt report {study.name}   all of it on one page"
@@ -212,7 +224,7 @@ def _conclude(study: Study, results: StudyResults, ending: str) -> int:
         return 0
     from hqlt_dashboards.tables import front_text
 
-    print(front_text(results), end="")
+    print(front_text(results, screen_width()), end="")
     best = f"{study.name}/{front(results.trials, results.objectives, results.constraints)[0].number}"
     print(
         f"\nnext: hqlt report {study.name}   all of it on one page"
@@ -295,7 +307,8 @@ def extend(name: str, trials: int, store: Store) -> None:
     if Study.from_json(row.study).search is None:
         raise UsageError(f"{name} is an ablation: its trials are its cells; change the file and give it another name")
     ledger.update_study(name, budget=row.budget + trials, state="open", note=None)
-    print(f"{name}: {row.budget + trials} trials; run them with: hqlt study resume {name}")
+    by = "those who run it go on" if living(ledger.drivers(name)) else f"run them with: hqlt study resume {name}"
+    print(f"{name}: {row.budget + trials} trials; {by}")
 
 
 def cancel(trial: str, store: Store) -> None:
@@ -314,7 +327,6 @@ def delete(name: str, store: Store) -> None:
     Raises:
         UsageError: somebody runs it.
     """
-    from hqlt_orchestration.records.drivers import living
     from hqlt_orchestration.records.history import delete_from_optuna
     from hqlt_orchestration.tracking.mirror import delete_experiment
 

@@ -219,10 +219,15 @@ class Ledger:
         with self.read() as tx:
             row = tx.execute(sa.select(TRIALS).where(TRIALS.c.study == study, TRIALS.c.number == number)).one_or_none()
             if row is None:
-                count = tx.scalar(sa.select(sa.func.count()).where(TRIALS.c.study == study))
-                known = tuple(f"{study}/{n}" for n in range(count or 0))
-                raise UnknownNameError("trial", f"{study}/{number}", known)
+                raise UnknownNameError("trial", f"{study}/{number}", self._trial_names(study))
             return trial_row(row)
+
+    def _trial_names(self, study: str | None = None) -> tuple[str, ...]:
+        """`STUDY/NUMBER` of the trials of one study, or of all."""
+        query = sa.select(TRIALS.c.study, TRIALS.c.number).order_by(TRIALS.c.study, TRIALS.c.number)
+        with self.read() as tx:
+            rows = tx.execute(query if study is None else query.where(TRIALS.c.study == study))
+            return tuple(f"{row.study}/{row.number}" for row in rows)
 
     def find_trial(self, text: str) -> tuple[str, int]:
         """(study, number) of a trial id, a unique prefix of one, or `STUDY/NUMBER`.
@@ -236,7 +241,7 @@ class Ledger:
         if slash:
             self.study(study)
             if not number.isdigit():
-                raise UnknownNameError("trial", text, ())
+                raise UnknownNameError("trial", text, self._trial_names(study))
             return study, self.trial(study, int(number)).number
         with self.read() as tx:
             rows = tx.execute(
@@ -246,7 +251,7 @@ class Ledger:
             ).all()
             found = sorted({row.config_id for row in rows})
             if not text or not rows:
-                raise UnknownNameError("trial", text, tuple(tx.scalars(sa.select(TRIALS.c.config_id).distinct())))
+                raise UnknownNameError("trial", text, self._trial_names())
             if len(found) > 1:
                 raise UnknownNameError("single trial", text, tuple(found))
         newest = rows[0].study
