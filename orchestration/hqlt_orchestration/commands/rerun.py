@@ -192,39 +192,12 @@ def _mirror(store: Store, study: str, number: int, again: Rerun, folder: Path) -
     from hqlt_orchestration.tracking import told
     from hqlt_orchestration.tracking.spool import Spool
 
-    replica = again.measured.replicas[0]
+    number_here = int(folder.name.rpartition("-")[2])  # a rerun has no trial number of its own
     spool = Spool(store, study)
-    key = int(folder.name.rpartition("-")[2])  # a rerun has no trial number of its own
-    what = ", ".join(f"{name}={value}" for name, value in again.changes.items()) or "unchanged"
-    run = {"phase": "rerun", "number": key}
-    spool.put(
-        {
-            "kind": "trial",
-            **run,
-            "name": f"{number}: {what}"[: told.NAME_CHARACTERS],
-            "params": {"rerun_of": f"{study}/{number}", **again.changes},
-            "tags": {
-                "hqlt.rerun_of": f"{study}/{number}",
-                "hqlt.variation": what[: told.MESSAGE_CHARACTERS],
-                "hqlt.identical": str(again.identical),
-            },
-            "trial_json": again.measured.trial.model_dump_json(indent=1),
-        }
-    )
-    for point in replica.curve:
-        spool.put(told.measured("rerun", key, replica.seed, point.step, point.metrics, n_seeds=1))
-    spool.put(
-        {
-            "kind": "trial_end",
-            **run,
-            "state": replica.status,
-            "step": replica.step,
-            "metrics": told.final_metrics(replica),
-            "tags": {},
-            "artifacts": [str(folder / replica.checkpoint)] if replica.checkpoint else [],
-        }
-    )
-    spool.put(told.phase_ends("rerun"))
+    for record in told.rerun(
+        number_here, f"{study}/{number}", again.changes, again.measured, folder, identical=again.identical
+    ):
+        spool.put(record)
     spool.close(DRAIN_S)
 
 

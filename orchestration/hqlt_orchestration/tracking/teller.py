@@ -62,7 +62,8 @@ class Teller:
     ) -> None:
         name = self._study.name
         obituary = told.died_of(state, self._ledger.attempts(name, row.number)) if state == "quarantined" else None
-        self._put(told.trial_ends(self._phase, row, state, replicas, objectives, self._store, name, obituary))
+        folder = self._store.trial_folder(name, row.number)
+        self._put(told.trial_ends(self._phase, row, state, replicas, objectives, folder, obituary))
 
     def front_moves(self, results: StudyResults, *, last: bool = False) -> None:
         """Hypervolume, and the rank of the trials that came to or left the front; at the last of every trial."""

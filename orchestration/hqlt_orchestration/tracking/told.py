@@ -7,13 +7,14 @@ full, MLflow came back without its database) is made again here, from the ledger
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from hqlt_dashboards.front import front_hypervolume, ranks
 from hqlt_dashboards.words import describe
 from hqlt_search_space.study import Study
-from hqlt_search_space.trial import ReplicaResult, Trial, TrialRecord
+from hqlt_search_space.trial import ReplicaResult, Trial, TrialRecord, TrialResult
 
 from hqlt_orchestration.records.attempts import LOG_FILE, replica_folder
 from hqlt_orchestration.records.ledger import Ledger
@@ -66,12 +67,10 @@ def trial_ends(
     state: State,
     replicas: Sequence[ReplicaResult],
     objectives: Mapping[str, float],
-    store: Store,
-    study: str,
+    folder: Path,
     obituary: tuple[str, str] | None,
 ) -> Record:
-    """`obituary` is what `died_of` says."""
-    folder = store.trial_folder(study, row.number)
+    """`folder` is the trial's, `obituary` what `died_of` says."""
     artifacts = [folder / replica.checkpoint for replica in replicas if replica.checkpoint]
     artifacts += [replica_folder(folder, replica.seed) / LOG_FILE for replica in replicas[:1]]
     failures = [] if obituary is None else [obituary]
@@ -90,6 +89,39 @@ def trial_ends(
         "tags": errors if failures else {},
         "artifacts": [str(path) for path in artifacts],
     }
+
+
+def rerun(
+    number: int, of: str, changes: Mapping[str, Any], outcome: TrialResult, folder: Path, *, identical: bool
+) -> Iterator[Record]:
+    """All of a rerun of the trial `of`, which is a run with a `number` of its own."""
+    (replica,) = outcome.replicas
+    what = ", ".join(f"{name}={value}" for name, value in changes.items()) or "unchanged"
+    run = {"phase": "rerun", "number": number}
+    yield {
+        "kind": "trial",
+        **run,
+        "name": f"{of.rpartition('/')[2]}: {what}"[:NAME_CHARACTERS],
+        "params": {"rerun_of": of, **changes},
+        "tags": {
+            "hqlt.rerun_of": of,
+            "hqlt.variation": what[:MESSAGE_CHARACTERS],
+            "hqlt.identical": str(identical),
+        },
+        "trial_json": outcome.trial.model_dump_json(indent=1),
+    }
+    for point in replica.curve:
+        yield measured("rerun", number, replica.seed, point.step, point.metrics, n_seeds=1)
+    yield {
+        "kind": "trial_end",
+        **run,
+        "state": replica.status,
+        "step": replica.step,
+        "metrics": final_metrics(replica),
+        "tags": {},
+        "artifacts": [str(folder / replica.checkpoint)] if replica.checkpoint else [],
+    }
+    yield phase_ends("rerun")
 
 
 def front_moves(phase: str, step: int, hypervolume: float, changed: Mapping[int, int]) -> Record:
@@ -194,7 +226,8 @@ def _ended(
         ]
     results = [replica.result for replica in replicas if replica.result is not None]
     end = {"unix_ms": int(max(ended_at.values()) * 1000)} if ended_at else {}
-    records.append(trial_ends(phase, row, state, results, objectives, store, study.name, died_of(state, tried)) | end)
+    folder = store.trial_folder(study.name, row.number)
+    records.append(trial_ends(phase, row, state, results, objectives, folder, died_of(state, tried)) | end)
     return Ended(phase, row.number, state, tuple(records))
 
 
