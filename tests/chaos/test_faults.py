@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -133,13 +134,15 @@ def test_a_full_disk_ends_the_command_with_a_sentence_and_room_lets_it_go_on(mak
     assert_sound_and_complete(lab)
 
 
-# Row 7
+# Rows 6 and 7
 
 
-def test_a_database_that_another_program_locks_is_waited_for(make_lab: MakeLab) -> None:
+def test_a_database_that_another_program_locks_is_waited_for_and_a_killed_writer_replaced(make_lab: MakeLab) -> None:
     lab = make_lab(text())
     driver = lab.run("--executor", "inline")
-    wait_for_training(lab, driver)
+    wait_for_training(lab, driver, steps=100)
+    (writer,) = [one for one in lab.processes() if "hqlt_orchestration.tracking.writer" in one.cmdline()]
+    writer.kill()
     with locked(lab.store.data / "hqlt.db"):
         time.sleep(5)
     assert driver.wait(PATIENCE_S) == 0, driver.said
@@ -209,11 +212,14 @@ def _join_for_a_moment(lab: Lab) -> None:
     joined.wait(PATIENCE_S)
 
 
-# Rows 1, 4 and 20
+# Rows 1, 4, 20 and 21
 
 
 def test_a_worker_that_is_killed_or_stopped_and_a_node_that_dies_cost_no_trial(make_lab: MakeLab) -> None:
-    """One study, because Ray takes seconds to start; the three strike one after the other. It is not run to its end."""
+    """One study, because Ray takes seconds to start; they strike one after the other. It is not run to its end.
+
+    Only a trial whose worker is killed twice is given up.
+    """
     lab = make_lab(text(trials=100, parallel=2, resources={"gpu": 0, "hang_after_s": 8}))
     driver = lab.run()
     killed = wait_for_training(lab, driver)
@@ -223,7 +229,13 @@ def test_a_worker_that_is_killed_or_stopped_and_a_node_that_dies_cost_no_trial(m
     _signal_worker(lab, stopped, signal.SIGSTOP)
     # A second blow would rightly quarantine them.
     wait_until(lambda: lab.has_result(killed) and lab.has_result(stopped), PATIENCE_S, "both trials to end")
-    hit = wait_for_training(lab, driver, number=stopped.number + 1)
+    poison = wait_for_training(lab, driver, number=stopped.number + 1)
+    _signal_worker(lab, poison, signal.SIGKILL)
+    second_try = replace(poison, attempt=2)
+    wait_until(lambda: lab.has_begun(second_try), PATIENCE_S, "its second attempt")
+    _signal_worker(lab, second_try, signal.SIGKILL)
+    wait_until(lambda: lab.has_result(poison), PATIENCE_S, "it to be given up")
+    hit = wait_for_training(lab, driver, number=poison.number + 1)
     raylet = lab.raylet_of(driver)
     assert raylet is not None
     raylet.kill()
@@ -237,6 +249,8 @@ def test_a_worker_that_is_killed_or_stopped_and_a_node_that_dies_cost_no_trial(m
     states = {(a.number, a.attempt): a.state for a in lab.ledger.attempts("chaos")}
     assert states[killed.number, killed.attempt] == "crashed"
     assert states[stopped.number, stopped.attempt] == "hung"
+    assert [replica.state for replica in lab.ledger.replicas("chaos", poison.number)] == ["quarantined"]
+    assert lab.ledger.counts("chaos")["quarantined"] == 1
     assert lab.orphans() == []
     assert invariants(lab.store, lab.name) == []
     assert_as_alone(lab, killed.number)
