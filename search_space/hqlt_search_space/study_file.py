@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 
 from hqlt_search_space.errors import MatchError, StudyFileError
 from hqlt_search_space.study import Study
-from hqlt_search_space.wording import advice, printable, sentence
+from hqlt_search_space.wording import advice, nearest, printable, sentence
 from hqlt_search_space.yaml_nodes import MAX_BYTES, MAX_PROBLEMS, Node, Position, UnreadableError, read_nodes
 
 
@@ -48,9 +48,10 @@ def read_study(raw: bytes, path: str) -> Study:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        text = f"{line}:1  not UTF-8: byte {raw[error.start]:#04x} at offset {error.start}"
-        raise StudyFileError(path, (text,)) from None
+        before = raw[: error.start].decode("utf-8-sig").split("\n")
+        at = Position(len(before), len(before[-1]) + 1)
+        problem = f"byte {raw[error.start]:#04x} is not UTF-8; save the file in that encoding"
+        raise StudyFileError(path, (f"{at}  {problem}",)) from None
     try:
         root = read_nodes(text)
     except UnreadableError as error:
@@ -64,6 +65,10 @@ def read_study(raw: bytes, path: str) -> Study:
     except ValidationError as error:
         # A list whose items are all wrong is not also too short.
         details = [each for each in error.errors() if each["type"] != "too_short" or not each["input"]]
+        # A key that is misspelt is not also missing.
+        unknown = [each["loc"] for each in details if each["type"] == "extra_forbidden"]
+        meant = {(*loc[:-1], near) for loc in unknown for near in nearest(str(loc[-1]), _known_keys(loc[:-1]))}
+        details = [each for each in details if each["type"] != "missing" or each["loc"] not in meant]
         found = sorted({_describe(each, root) for each in details})
         problems = [f"{at}  {path_in_file}: {text}" for (_, _, at, path_in_file, text) in found]
         if len(problems) > MAX_PROBLEMS:

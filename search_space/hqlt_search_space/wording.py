@@ -28,6 +28,11 @@ def printable(text: str) -> str:
     return text if text.isprintable() else repr(text)
 
 
+def nearest(name: str, known: Iterable[str]) -> list[str]:
+    """What `name` is a misspelling of, if anything: the likeliest of `known`."""
+    return get_close_matches(name, tuple(known), n=1)
+
+
 def advice(name: str, known: Iterable[str]) -> str:
     """`did you mean 'window'?`, or what there is.
 
@@ -37,7 +42,7 @@ def advice(name: str, known: Iterable[str]) -> str:
     'there is window, rule'
     """
     known = tuple(known)
-    near = get_close_matches(name, known, n=1)
+    near = nearest(name, known)
     if near:
         return f"did you mean {near[0]!r}?"
     if not known:
@@ -69,6 +74,8 @@ def sentence(error: ErrorDetails, thing: str) -> str:
             return f"{given} is not a number"
         case "bool_type" | "bool_parsing":
             return f"{given} is not true or false"
+        case "string_type" if thing == "ratio":
+            return f"{given} is not {_RATIO}"
         case "string_type":
             return f"{given} is not text; put it in quotes"
         case "tuple_type" | "list_type":
@@ -107,7 +114,7 @@ def _wrong_word(error: ErrorDetails, thing: str, given: str) -> str:
     known = _quoted(expected)
     if isinstance(error["input"], str) and len(known) > 2:
         return f"no {thing} {given}; {advice(error['input'], known)}"
-    near = get_close_matches(str(error["input"]), known, n=1)
+    near = nearest(str(error["input"]), known)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     # A union of a word and a number tags its word; the number is allowed as well.
     number = " or a number" if error["loc"][-1:] == ("word",) else ""

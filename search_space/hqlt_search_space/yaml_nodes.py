@@ -91,7 +91,7 @@ def read_nodes(text: str) -> Node:
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         at = Position(mark.line + 1, mark.column + 1) if mark is not None else Position(1, 1)
-        reader.report(at, f"not YAML: {error.problem or error.context or 'unreadable'}")
+        reader.report(at, f"not YAML: {_problem(error)}")
     except YAMLError as error:
         reader.report(Position(1, 1), f"not YAML: {str(error).splitlines()[0]}")
     except (ValueError, OverflowError) as error:  # ruamel lets these through for escapes such as "\UFFFFFFFF"
@@ -101,6 +101,14 @@ def read_nodes(text: str) -> Node:
     if reader.root is None:
         raise UnreadableError(((Position(1, 1), "the file is empty"),))
     return reader.root
+
+
+def _problem(error: MarkedYAMLError) -> str:
+    text = error.problem or error.context or "unreadable"
+    if r"'\t'" in text:
+        return "a tab; indent with spaces"
+    mark = error.context_mark
+    return text if mark is None else f"{text} ({error.context} that begins at {mark.line + 1}:{mark.column + 1})"
 
 
 class _StopReading(Exception):  # noqa: N818 - not an error: its reason has been reported

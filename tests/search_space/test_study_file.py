@@ -143,6 +143,17 @@ def test_a_missing_block_is_told_at_the_top() -> None:
     assert refusal(text).problems == ("2:1  study: required key 'name' is missing",)
 
 
+def test_a_misspelt_key_is_not_also_missing() -> None:
+    assert refusal(GOOD.replace("objectives:", "objectivs:")).problems == (
+        "12:1  objectivs: unknown key; did you mean 'objectives'?",
+    )
+
+
+def test_a_number_for_a_ratio_is_told_what_a_ratio_is() -> None:
+    (problem,) = refusal(GOOD.replace("ratio: [", "ratio: [3, ")).problems
+    assert problem.endswith("search.space.ratio[0]: 3 is not a ratio such as 3:1, 1:0 or 0:1")
+
+
 def test_a_space_that_nothing_satisfies_is_refused_with_the_constraint() -> None:
     problem = refusal(GOOD.replace("500_000", "500")).problems[0]
     assert problem.startswith("13:14  constraints: no config of this space satisfies parameters max 500 (the nearest")
@@ -174,7 +185,11 @@ objectives: {validation_accuracy: maximize}
         ("null\n", "1:1  the file is empty; a study is a mapping of keys to values"),
         ("- 1\n", "1:1  the file is a list; a study is a mapping of keys to values"),
         ("study\n", "1:1  the file is a single value; a study is a mapping of keys to values"),
-        ("a: [1, 2\n", "2:1  not YAML: "),
+        (
+            "a: [1, 2\nb: 3\n",
+            "2:2  not YAML: expected ',' or ']', but got ':' (while parsing a flow sequence that begins",
+        ),
+        ("a:\n\tb: 1\n", "2:1  not YAML: a tab; indent with spaces"),
         ("a: 1\n  b: 2\n", "2:4  not YAML: mapping values are not allowed here"),
         ("a: 1\na: 2\n", "2:1  key 'a' is given twice; first in line 1"),
         ("a: &x 1\n", "1:4  anchor &x: anchors are not read; write the value out"),
@@ -199,8 +214,8 @@ def test_what_is_not_plain_yaml_is_refused_at_its_place(text: str, problem: str)
 @pytest.mark.parametrize(
     ("raw", "problem"),
     [
-        (b"schema_version: 1\nname: \xff\n", "2:1  not UTF-8: byte 0xff at offset 24"),
-        ("a: 1".encode("utf-16"), "1:1  not UTF-8: byte 0xff at offset 0"),
+        (b"schema_version: 1\nname: \xff\n", "2:7  byte 0xff is not UTF-8; save the file in that encoding"),
+        ("a: 1".encode("utf-16"), "1:1  byte 0xff is not UTF-8; save the file in that encoding"),
         (b"#" * (MAX_BYTES + 1), "the file is larger than 256 KiB"),
     ],
     ids=["byte", "utf16", "large"],
