@@ -1,8 +1,11 @@
 """A whole model on a card: every kernel in its place, against plain PyTorch on the same card."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hqlt_search_space.arch import Arch
+from hqlt_search_space.study_file import load_study
 from hqlt_trainer.model import Model, ModelState, build_model
 from hqlt_trainer.precision import autocast
 from torch import Tensor
@@ -16,6 +19,8 @@ pytestmark = [
 
 N_TOKENS = 300
 VOCABULARY = 50
+STUDY = Path(__file__).parents[2] / "search_space/studies/paper_expressivity.yaml"
+CELLS = load_study(STUDY).by_task()[0].cells()
 
 
 def arch(short_conv: int | None) -> Arch:
@@ -39,10 +44,11 @@ def tokens() -> Tensor:
     return torch.randint(VOCABULARY, (2, N_TOKENS), generator=torch.Generator().manual_seed(0)).cuda()
 
 
-def logits_and_gradients(model: Model, precision: str) -> dict[str, Tensor]:
+def logits_and_gradients(model: Model, precision: str, inputs: Tensor | None = None) -> dict[str, Tensor]:
+    inputs = tokens() if inputs is None else inputs
     with autocast(torch.device("cuda"), precision):
-        logits = model(tokens())
-    functional.cross_entropy(logits.float().flatten(0, 1), tokens().roll(-1, 1).flatten()).backward()
+        logits = model(inputs)
+    functional.cross_entropy(logits.float().flatten(0, 1), inputs.roll(-1, 1).flatten()).backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {"logits": logits.detach(), **gradients}
 
@@ -61,6 +67,19 @@ def test_logits_and_every_gradient_are_those_of_plain_pytorch(short_conv):
     narrow = errors(logits_and_gradients(model("auto", short_conv), "bfloat16"), truth)
     plain = errors(logits_and_gradients(model("chunked", short_conv), "bfloat16"), truth)
     wrong = {name: (error, plain[name]) for name, error in narrow.items() if not error < 2 * plain[name] + 1e-2}
+    assert not wrong
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.label)
+def test_the_papers_small_models_are_those_of_plain_pytorch(cell):
+    def run(backend: str, precision: str) -> dict[str, Tensor]:
+        small = build_model(cell.config.arch, VOCABULARY, init_std=0.1, device="cuda", backend=backend)  # type: ignore[arg-type]
+        return logits_and_gradients(small, precision, tokens()[:, :40])
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    truth = run("chunked", "float32")
+    ours, plain = errors(run("auto", "bfloat16"), truth), errors(run("chunked", "bfloat16"), truth)
+    wrong = {name: (error, plain[name]) for name, error in ours.items() if not error < 2 * plain[name] + 1e-2}
     assert not wrong
 
 

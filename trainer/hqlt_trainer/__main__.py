@@ -73,7 +73,7 @@ def _run(trial: Trial, out: Path) -> TrialResult:
 
 
 def _summary(result: TrialResult) -> str:
-    backends = ", ".join(f"{backend.operator}: {backend.backend}" for backend in result.backends)
+    backends = ", ".join(dict.fromkeys(f"{backend.operator}: {backend.backend}" for backend in result.backends))
     lines = [f"trial {result.trial.trial_id}" + (f"  ({backends})" if backends else "")]
     return "\n".join([*lines, *map(_replica_line, result.replicas), *(f"  note: {note}" for note in result.notes)])
 
