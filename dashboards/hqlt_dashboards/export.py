@@ -26,7 +26,8 @@ def export_front(results: StudyResults, path: Path) -> None:
 
     The file appears whole or not at all: it is written beside `path` and renamed. `.json` has for each member
     `trial_id`, `number`, `arch`, `recipe`, `objectives` (means over fresh seeds once the front was redrawn on them),
-    `replicas`, and beside them `replication`, `costs` and `choices`; `.csv` and `.parquet` are flat, a row a member;
+    `replicas`, and beside them `task`, `intervals` ([low, high] of an objective, where seeds give one), `replication`
+    (the fresh seeds), `costs` and `choices`; `.csv` and `.parquet` are flat, a row a member;
     `.html` has the front, learning curves and the table.
 
     Raises:
@@ -106,7 +107,11 @@ def _json(results: StudyResults, members: Sequence[FrontMember]) -> bytes:
             "number": member.record.number,
             "arch": member.record.config.arch.model_dump(mode="json"),
             "recipe": member.record.config.recipe.model_dump(mode="json"),
+            "task": member.record.config.task.model_dump(mode="json"),
             "objectives": member.values,
+            "intervals": {
+                name: [found.low, found.high] for name, found in member.estimates.items() if found.low is not None
+            },
             "replicas": [replica.model_dump(mode="json") for replica in member.record.replicas],
             "replication": [replica.model_dump(mode="json") for replica in member.record.replication],
             "costs": member.record.costs,
@@ -130,7 +135,9 @@ def _parquet(results: StudyResults, members: Sequence[FrontMember]) -> bytes:
 
 
 def _html(results: StudyResults, members: Sequence[FrontMember]) -> bytes:
-    from hqlt_dashboards.plots import curve_metric, curves_chart, front_chart, page
+    from hqlt_dashboards.curves import curve_metric, curves_chart
+    from hqlt_dashboards.drawing import page
+    from hqlt_dashboards.plots import front_chart
     from hqlt_dashboards.tables import front_text
 
     metric = curve_metric(results)
@@ -139,7 +146,8 @@ def _html(results: StudyResults, members: Sequence[FrontMember]) -> bytes:
 
 
 def _png(results: StudyResults, members: Sequence[FrontMember]) -> bytes:
-    from hqlt_dashboards.plots import front_figure, png
+    from hqlt_dashboards.drawing import png
+    from hqlt_dashboards.plots import front_figure
 
     return png(front_figure(results))
 

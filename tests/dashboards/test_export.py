@@ -33,6 +33,13 @@ def test_json_has_the_keys_that_programs_rely_on(results, tmp_path):
     assert ReplicaResult.model_validate(first["replicas"][0]) == results.trials[0].replicas[0]
 
 
+def test_json_has_the_intervals_of_what_seeds_measured(make_record, make_study, tmp_path):
+    export_front(make_study(make_record(0, replication={1: 0.5, 2: 0.6, 3: 0.7})), tmp_path / "front.json")
+    (member,) = json.loads((tmp_path / "front.json").read_text())
+    assert member["intervals"] == {"normalised_validation_accuracy": pytest.approx([0.5, 0.7])}
+    assert [replica["seed"] for replica in member["replication"]] == [1, 2, 3]
+
+
 def test_csv_has_a_row_for_each_member_with_the_full_precision(make_record, make_study, tmp_path):
     value = 0.1 + 0.2
     export_front(make_study(make_record(0, value)), tmp_path / "front.csv")

@@ -105,6 +105,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     with running(folder, "ui", "--port", str(port), **lax) as ui:
         assert ui.stdout is not None
         assert ui.stdout.readline() == f"MLflow's pages are at http://127.0.0.1:{port} (Ctrl-C ends)\n"
+        assert ui.stdout.readline() == f"  small: http://127.0.0.1:{port}/#/experiments/1/runs\n"
         assert [door for door in doors(ui.pid) if not door.is_loopback] == []
         yield port
 

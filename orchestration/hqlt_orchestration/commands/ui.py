@@ -13,11 +13,13 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from hqlt_search_space.errors import ResourceError, StoreError
+from hqlt_search_space.wording import printable
 
 from hqlt_orchestration.records.database import masked
 from hqlt_orchestration.records.store import Store
 
 HOST = "127.0.0.1"
+SHOWN_STUDIES = 8
 ENVIRONMENT = {
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -64,10 +66,12 @@ def _run(store: Store, port: int) -> None:
         warnings.simplefilter("ignore")  # of MLflow's own imports
         from mlflow.server.fastapi_app import app
 
+    links = _links(store, port)
+
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            print(f"MLflow's pages are at http://{HOST}:{port} (Ctrl-C ends)", flush=True)
+            print(f"MLflow's pages are at http://{HOST}:{port} (Ctrl-C ends)", *links, sep="\n", flush=True)
 
     level = "info" if os.environ.get("HQLT_DEBUG") else "critical"
     # Without its lifespan MLflow does not look for containers of its assistant.
@@ -76,6 +80,18 @@ def _run(store: Store, port: int) -> None:
     )
     with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again once it has ended
         Server(config).run()
+
+
+def _links(store: Store, port: int) -> list[str]:
+    """Where the runs of the newest studies are: MLflow itself would first show what it has for language models."""
+    from mlflow import MlflowClient
+
+    newest = MlflowClient(store.mlflow_uri).search_experiments(
+        max_results=SHOWN_STUDIES, filter_string="tags.`hqlt.study` != ''", order_by=["creation_time DESC"]
+    )
+    return [
+        f"  {printable(found.name)}: http://{HOST}:{port}/#/experiments/{found.experiment_id}/runs" for found in newest
+    ]
 
 
 def _own_names(port: int) -> tuple[str, ...]:
