@@ -82,7 +82,7 @@ def _of_front(results: StudyResults, members: Sequence[FrontMember]) -> list[str
     elif measured_objectives(results):
         sentences.append(
             "These are the values by which the search chose, so they flatter its winners; "
-            "with `replication` the study would train its front again over fresh seeds."
+            "with replication the study would train its front again over fresh seeds."
         )
     return sentences
 

@@ -13,7 +13,7 @@ from importlib.resources import files
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from hqlt_dashboards.plots import GRID_COLOUR, LINE_COLOUR, QUIET_COLOUR
+from hqlt_dashboards.drawing import GRID_COLOUR, LINE_COLOUR, QUIET_COLOUR
 
 REM_AN_INCH = 5.0  # the least width of a picture; on a narrower screen it scrolls in its frame
 _COLOURS = {

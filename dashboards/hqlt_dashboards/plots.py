@@ -1,45 +1,36 @@
-"""Pictures: the front and learning curves, as matplotlib figures (png) and plotly charts (html).
-
-Both libraries draw from the same prepared values, so the two pictures of a study agree. Colours are those of Okabe and
-Ito (2008), which colour-blind readers can tell apart; every colour also has a marker of its own. Nothing here touches
-pyplot, so no figure outlives its caller and no display is needed.
-"""
+"""The front as a matplotlib figure (png, report) and as a plotly chart (html), drawn from the same prepared values."""
 
 import html
-import io
 import itertools
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import plotly.graph_objects as go
-from hqlt_search_space.trial import Objective, ReplicaResult, StudyResults, TrialRecord
+from hqlt_search_space.trial import Objective, StudyResults, TrialRecord
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 from plotly.subplots import make_subplots
 
-from hqlt_dashboards.ablation import BASELINE
+from hqlt_dashboards.drawing import (
+    LINE_COLOUR,
+    TRIAL_NUMBER,
+    Style,
+    finish,
+    finish_chart,
+    label_axes,
+    plotly_axis,
+    styles_of,
+)
 from hqlt_dashboards.front import FrontMember, front_members
 from hqlt_dashboards.seeds import Estimate
-from hqlt_dashboards.words import axis_label, describe, format_value, mixer_kinds
+from hqlt_dashboards.words import describe, format_value, mixer_kinds
 
-TRIAL_NUMBER = "trial_number"
-LOG_FROM_RATIO = 20.0  # largest over smallest value from which an axis is logarithmic
 MOST_NUMBERS_SHOWN = 15  # members named in a panel; more would overlap
 PANELS_A_ROW = 3
-LONGEST_LABEL = 40  # characters beside an axis of a plotly chart; a longer label puts its unit on a second line
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = (("o", "circle"), ("s", "square"), ("^", "triangle-up"), ("D", "diamond"), ("v", "triangle-down"))
-_FIRST_KINDS = ("hybrid", "attention", "fast_weight")  # they keep their colour in every picture
 _PALE = 0.35
-LINE_COLOUR = "#555555"
-GRID_COLOUR = "#e4e4e4"
-QUIET_COLOUR = "#9aa0a8"  # of curves that are there to compare with
-MOST_LINES = 300  # of those, drawn as lines; more become one image in an SVG, which would be slow to open
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,25 +55,6 @@ class _Panel:
     """Whether a step's height holds from its point to the right (else to the left)."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Style:
-    colour: str
-    matplotlib_marker: str
-    plotly_marker: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Curve:
-    """One seed's readings of a metric."""
-
-    record: TrialRecord
-    kinds: str
-    seed: int
-    steps: list[int]
-    values: list[float]
-    in_colour: bool
-
-
 def front_figure(results: StudyResults) -> Figure:
     """All trials with a result and the front among them, as a matplotlib figure.
 
@@ -91,21 +63,21 @@ def front_figure(results: StudyResults) -> Figure:
     their trial number and, where seeds give one, their interval.
     """
     dots, panels = _dots(results), _panels(results)
-    styles = _styles(dot.kinds for dot in dots)
+    styles = styles_of(dot.kinds for dot in dots)
     n_columns = min(PANELS_A_ROW, len(panels))
     n_rows = math.ceil(len(panels) / n_columns)
     figure = Figure(figsize=(5.2 * n_columns + 3.0, 4.2 * n_rows + 0.8), layout="constrained")
     for i, panel in enumerate(panels):
         axes = figure.add_subplot(n_rows, n_columns, i + 1)
         _draw_panel(axes, panel, dots, styles)
-    _finish(figure, _title(results, dots))
+    finish(figure, _title(results, dots))
     return figure
 
 
 def front_chart(results: StudyResults) -> go.Figure:
     """`front_figure` as an interactive plotly chart; a trial tells its details under the pointer."""
     dots, panels = _dots(results), _panels(results)
-    styles = _styles(dot.kinds for dot in dots)
+    styles = styles_of(dot.kinds for dot in dots)
     n_columns = min(PANELS_A_ROW, len(panels))
     n_rows = math.ceil(len(panels) / n_columns)
     chart = make_subplots(rows=n_rows, cols=n_columns)
@@ -113,114 +85,10 @@ def front_chart(results: StudyResults) -> go.Figure:
         place = {"row": i // n_columns + 1, "col": i % n_columns + 1}
         for trace in _panel_traces(panel, dots, styles):
             chart.add_trace(trace, **place)
-        chart.update_xaxes(**_plotly_axis(panel.x, [dot.values[panel.x] for dot in dots]), **place)
-        chart.update_yaxes(**_plotly_axis(panel.y, [dot.values[panel.y] for dot in dots]), **place)
-    _finish_chart(
-        chart, _title(results, dots), styles, "markers", width=560 * n_columns + 260, height=480 * n_rows + 90
-    )
+        chart.update_xaxes(**plotly_axis(panel.x, [dot.values[panel.x] for dot in dots]), **place)
+        chart.update_yaxes(**plotly_axis(panel.y, [dot.values[panel.y] for dot in dots]), **place)
+    finish_chart(chart, _title(results, dots), styles, "markers", width=560 * n_columns + 260, height=480 * n_rows + 90)
     return chart
-
-
-def curves_figure(results: StudyResults, metric: str) -> Figure:
-    """Learning curves of `metric`, a line per seed: the front's in colour, or an ablation's baseline; the others grey.
-
-    A stopped trial's line ends where it was stopped. A study without a reading of `metric` gives empty axes.
-    """
-    curves = list(_curves(results, metric))
-    styles = _styles(curve.kinds for curve in curves if curve.in_colour)
-    figure = Figure(figsize=(8.2, 5.0), layout="constrained")
-    axes = figure.add_subplot()
-    for curve in curves:
-        axes.plot(
-            curve.steps,
-            curve.values,
-            color=styles[curve.kinds].colour if curve.in_colour else QUIET_COLOUR,
-            linewidth=1.8 if curve.in_colour else 0.8,
-            zorder=3 if curve.in_colour else 2,
-        )
-    if sum(not curve.in_colour for curve in curves) > MOST_LINES:
-        axes.set_rasterization_zorder(2.5)
-    for kinds, style in styles.items():
-        axes.plot([], [], color=style.colour, label=kinds)
-    if not all(curve.in_colour for curve in curves):
-        axes.plot([], [], color=QUIET_COLOUR, label="the others")
-    _label_axes(axes, "step", metric, [], [value for curve in curves for value in curve.values])
-    _finish(figure, _curves_title(results))
-    return figure
-
-
-def curves_chart(results: StudyResults, metric: str) -> go.Figure:
-    """`curves_figure` as an interactive plotly chart."""
-    curves = list(_curves(results, metric))
-    styles = _styles(curve.kinds for curve in curves if curve.in_colour)
-    chart = go.Figure()
-    for curve in curves:
-        chart.add_trace(
-            go.Scatter(
-                x=curve.steps,
-                y=curve.values,
-                mode="lines",
-                legendgroup=curve.kinds if curve.in_colour else None,
-                showlegend=False,
-                line={
-                    "color": styles[curve.kinds].colour if curve.in_colour else QUIET_COLOUR,
-                    "width": 2.4 if curve.in_colour else 1.0,
-                },
-                text=html.escape(describe(curve.record.config.arch)),
-                hovertemplate=f"trial {curve.record.number}, seed {curve.seed}<br>%{{text}}<br>step %{{x}}: %{{y:.4g}}"
-                "<extra></extra>",
-            )
-        )
-    chart.update_xaxes(**_plotly_axis("step", []))
-    chart.update_yaxes(**_plotly_axis(metric, [value for curve in curves for value in curve.values]))
-    _finish_chart(chart, _curves_title(results), styles, "lines", width=860, height=560)
-    return chart
-
-
-def curve_metric(results: StudyResults) -> str | None:
-    """The first objective that some training read more than once, else the training loss; None if nothing was read."""
-    replicas = [replica for record in results.trials for replica in record.replicas + record.replication]
-    counts = [Counter(name for reading in replica.curve for name in reading.metrics) for replica in replicas]
-    for objective in results.objectives:
-        if any(count[objective.name] > 1 for count in counts):
-            return objective.name
-    return "train_loss_nats" if any(count["train_loss_nats"] for count in counts) else None
-
-
-def png(figure: Figure, dots_per_inch: int = 150) -> bytes:
-    """`figure` as a PNG file's content."""
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=dots_per_inch)
-    return content.getvalue()
-
-
-def page(title: str, charts: Sequence[go.Figure], text: str = "") -> str:
-    """A self-contained HTML page: the charts, then `text` as it stands. It holds plotly.js once and fetches nothing.
-
-    The charts are as wide as they were made, or as the window where that is narrower (a telephone, MLflow).
-    """
-    parts = []
-    for i, chart in enumerate(charts):
-        drawn = go.Figure(chart, layout_width=None).to_html(
-            full_html=False,
-            include_plotlyjs=i == 0,
-            div_id=f"chart-{i}",  # a random one would make two exports of the same front differ
-            config={"displaylogo": False, "responsive": True},
-        )
-        parts.append(f'<div style="max-width: {chart.layout.width}px">{drawn}</div>')
-    return "\n".join(
-        [
-            "<!doctype html>",
-            '<html lang="en">',
-            f'<head><meta charset="utf-8"><title>{html.escape(title)}</title></head>',
-            '<body style="font-family: sans-serif">',
-            *parts,
-            f"<pre>{html.escape(text)}</pre>" if text else "",
-            "</body>",
-            "</html>",
-            "",
-        ]
-    )
 
 
 def _dots(results: StudyResults) -> list[_Dot]:
@@ -266,36 +134,6 @@ def _best_so_far(results: StudyResults, objective: Objective) -> tuple[list[floa
     return [float(record.number) for record in done], list(values)
 
 
-def _styles(kinds: Iterator[str] | Sequence[str]) -> dict[str, _Style]:
-    """A colour and a marker for each combination of mixers, the usual ones first."""
-    present = set(kinds)
-    ordered = [*_FIRST_KINDS, *sorted(present.difference(_FIRST_KINDS))]
-    return {
-        kind: _Style(_COLOURS[i % len(_COLOURS)], *_MARKERS[i % len(_MARKERS)])
-        for i, kind in enumerate(ordered)
-        if kind in present
-    }
-
-
-def _curves(results: StudyResults, metric: str) -> Iterator[_Curve]:
-    """A curve for each seed that has readings, those in colour last, so that they are drawn on top."""
-    chosen = {record.number for record in results.trials if record.cell == BASELINE}
-    chosen = chosen or {member.record.number for member in front_members(results)}
-    for record in sorted(results.trials, key=lambda record: record.number in chosen):
-        replicas: tuple[ReplicaResult, ...] = record.replicas + record.replication
-        for replica in replicas:
-            points = [(p.step, p.metrics[metric]) for p in replica.curve if metric in p.metrics]
-            if points:
-                yield _Curve(
-                    record=record,
-                    kinds=mixer_kinds(record.config.arch),
-                    seed=replica.seed,
-                    steps=[step for step, _ in points],
-                    values=[value for _, value in points],
-                    in_colour=record.number in chosen,
-                )
-
-
 def _title(results: StudyResults, dots: Sequence[_Dot]) -> str:
     n_front = sum(dot.on_front for dot in dots)
     line = f"{results.name}: {n_front} of {len(dots)} trials with a result are on the front"
@@ -304,22 +142,7 @@ def _title(results: StudyResults, dots: Sequence[_Dot]) -> str:
     return line
 
 
-def _curves_title(results: StudyResults) -> str:
-    whose = "baseline" if any(record.cell == BASELINE for record in results.trials) else "on the front"
-    return f"{results.name}: learning curves, a line per seed (in colour: {whose})"
-
-
-def _label(name: str) -> str:
-    return {TRIAL_NUMBER: "Trial number", "step": "Optimiser step"}.get(name) or axis_label(name)
-
-
-def _is_log(name: str, values: Sequence[float]) -> bool:
-    if name in (TRIAL_NUMBER, "step") or "accuracy" in name or not values or min(values) <= 0:
-        return False
-    return max(values) / min(values) >= LOG_FROM_RATIO
-
-
-def _draw_panel(axes: Axes, panel: _Panel, dots: Sequence[_Dot], styles: dict[str, _Style]) -> None:
+def _draw_panel(axes: Axes, panel: _Panel, dots: Sequence[_Dot], styles: dict[str, Style]) -> None:
     if panel.staircase is not None:
         xs, ys = panel.staircase
         axes.step(xs, ys, where="post" if panel.holds_after else "pre", color=LINE_COLOUR, linewidth=1.2, zorder=2)
@@ -359,7 +182,7 @@ def _draw_panel(axes: Axes, panel: _Panel, dots: Sequence[_Dot], styles: dict[st
             fontsize=9,
             zorder=5,
         )
-    _label_axes(axes, panel.x, panel.y, [d.values[panel.x] for d in dots], [d.values[panel.y] for d in dots])
+    label_axes(axes, panel.x, panel.y, [d.values[panel.x] for d in dots], [d.values[panel.y] for d in dots])
 
 
 def _numbers(panel: _Panel, dots: Sequence[_Dot]) -> dict[tuple[float, float], str]:
@@ -368,24 +191,6 @@ def _numbers(panel: _Panel, dots: Sequence[_Dot]) -> dict[tuple[float, float], s
     for dot in [dot for dot in dots if dot.on_front][:MOST_NUMBERS_SHOWN]:
         numbers.setdefault((dot.values[panel.x], dot.values[panel.y]), []).append(dot.record.number)
     return {place: ", ".join(map(str, sorted(there))) for place, there in numbers.items()}
-
-
-def _label_axes(axes: Axes, x: str, y: str, xs: Sequence[float], ys: Sequence[float]) -> None:
-    axes.set_xlabel(_label(x), parse_math=False)
-    axes.set_ylabel(_label(y), parse_math=False)
-    axes.grid(visible=True, color=GRID_COLOUR, linewidth=0.6)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for name, values, axis, set_scale in ((x, xs, axes.xaxis, axes.set_xscale), (y, ys, axes.yaxis, axes.set_yscale)):
-        if _is_log(name, values):
-            is_bytes = name.endswith("bytes")
-            set_scale("log", base=2 if is_bytes else 10)
-            axis.set_major_locator(LogLocator(base=2 if is_bytes else 10, numticks=7))
-            axis.set_minor_locator(NullLocator())
-            axis.set_minor_formatter(NullFormatter())
-        if name not in (TRIAL_NUMBER, "step"):
-            axis.set_major_formatter(FuncFormatter(lambda value, _, name=name: format_value(name, value)))
 
 
 def _reach(dot: _Dot, name: str) -> tuple[float, float] | None:
@@ -401,42 +206,7 @@ def _column(reach: tuple[float, float] | None) -> list[list[float]] | None:
     return None if reach is None else [[reach[0]], [reach[1]]]
 
 
-def _finish(figure: Figure, title: str) -> None:
-    """Title on the left and legend on the right, both outside the axes."""
-    figure.suptitle(title, x=0.01, horizontalalignment="left", parse_math=False, fontsize=11)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, title="mixers", loc="outside right center", frameon=False)
-
-
-def _finish_chart(
-    chart: go.Figure, title: str, styles: dict[str, _Style], mode: str, *, width: int, height: int
-) -> None:
-    """Title, and a legend with an entry for each combination of mixers, which hides and shows its group."""
-    for kinds, style in styles.items():
-        # An entry without a point: the real traces may be pale, or empty for a combination that is not on the front.
-        chart.add_trace(
-            go.Scatter(
-                x=[None],
-                y=[None],
-                mode=mode,
-                name=kinds,
-                legendgroup=kinds,
-                showlegend=True,
-                line={"color": style.colour},
-                marker={"color": style.colour, "symbol": style.plotly_marker, "size": 10},
-            )
-        )
-    chart.update_layout(
-        template="plotly_white",
-        title={"text": html.escape(title).replace("\n", "<br>")},
-        legend={"title": {"text": "mixers"}},
-        width=width,
-        height=height,
-    )
-
-
-def _panel_traces(panel: _Panel, dots: Sequence[_Dot], styles: dict[str, _Style]) -> Iterator[go.Scatter]:
+def _panel_traces(panel: _Panel, dots: Sequence[_Dot], styles: dict[str, Style]) -> Iterator[go.Scatter]:
     if panel.staircase is not None:
         xs, ys = panel.staircase
         shape = "hv" if panel.holds_after else "vh"
@@ -480,26 +250,6 @@ def _plotly_reach(dots: Sequence[_Dot], name: str) -> dict[str, Any] | None:
         "arrayminus": [reach[0] if reach else 0.0 for reach in reaches],
         "array": [reach[1] if reach else 0.0 for reach in reaches],
     }
-
-
-def _plotly_axis(name: str, values: Sequence[float]) -> dict[str, Any]:
-    label = html.escape(_label(name))
-    if len(label) > LONGEST_LABEL:
-        label = label.replace(" (", "<br>(")
-    axis: dict[str, Any] = {"title": {"text": label}}
-    if _is_log(name, values):
-        axis |= {"type": "log"}
-    if name.endswith("bytes") and values:
-        ticks = _byte_ticks(min(values), max(values)) if _is_log(name, values) else None
-        if ticks:
-            axis |= {"tickmode": "array", "tickvals": ticks, "ticktext": [format_value(name, tick) for tick in ticks]}
-    return axis
-
-
-def _byte_ticks(low: float, high: float) -> list[float]:
-    """Powers of two from `low` to `high`, at most nine."""
-    first, last = math.floor(math.log2(low)), math.ceil(math.log2(high))
-    return [2.0**power for power in range(first, last + 1, max(1, math.ceil((last - first) / 8)))]
 
 
 def _details(dot: _Dot) -> str:

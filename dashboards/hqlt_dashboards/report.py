@@ -13,9 +13,10 @@ from hqlt_search_space.trial import Importances, ReplicaResult, StudyResults, Tr
 from hqlt_dashboards.ablation import ABSENT, TITLES, AblationTable, ablation_table, by_task
 from hqlt_dashboards.answer import answer, is_ablation, measured_objectives, verdict, with_interval
 from hqlt_dashboards.asked import Background, asked
+from hqlt_dashboards.curves import curve_metric, curves_figure
 from hqlt_dashboards.front import FrontMember, fresh_replicas, front_members
 from hqlt_dashboards.markup import Markup, bar, bullets, interval, join, page, paragraph, picture, table, tag
-from hqlt_dashboards.plots import curve_metric, curves_figure, front_figure
+from hqlt_dashboards.plots import front_figure
 from hqlt_dashboards.published import TITLES as PUBLISHED_TITLES
 from hqlt_dashboards.published import published_tables
 from hqlt_dashboards.seeds import Estimate, estimate, readings
@@ -146,7 +147,9 @@ def _importances(results: StudyResults) -> Markup:
         "it, so one axis in twenty passes it by luck. It describes the trials that the sampler chose; to be sure of an "
         "axis, vary it in an ablation."
     )
-    return join(*(_importance(found) for found in results.importances), tag("p", explained, class_="soft"))
+    says = any(found.axes for found in results.importances)
+    parts = [_importance(found) for found in results.importances]
+    return join(*parts, tag("p", explained, class_="soft") if says else Markup())
 
 
 def _importance(found: Importances) -> Markup:
@@ -160,7 +163,7 @@ def _importance(found: Importances) -> Markup:
             bar(axis.share / widest, axis.chance / widest),
             f"{axis.share:.0%}",
             f"{axis.chance:.0%}",
-            "stands out" if axis.share > axis.chance else "no more than chance",
+            "stands out" if axis.share > axis.chance else "chance",
         ]
         for axis in found.axes
     ]
@@ -222,7 +225,7 @@ def _hybrids(results: StudyResults, metric: str) -> list[tuple[str, TrialRecord,
     others = [(estimate(list(values)).mean, r) for r in results.trials if (values := _seen(r, metric))]
     maximised = any(o.name == metric and o.direction == "maximize" for o in results.objectives)
     others.sort(key=lambda pair: (-pair[0] if maximised else pair[0], pair[1].number))
-    return [(f"trial {r.number}, the best hybrid, not on the front", r, r.replicas) for _, r in others[:1]]
+    return [(f"trial {r.number} (not on the front)", r, r.replicas) for _, r in others[:1]]
 
 
 def _seen(record: TrialRecord, metric: str) -> list[float]:

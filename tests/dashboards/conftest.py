@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 import pytest
 from hqlt_dashboards.asked import Background
 from hqlt_search_space.arch import Arch
-from hqlt_search_space.mixers import Hybrid, Mixer
+from hqlt_search_space.mixers import Attention, FastWeight, Hybrid, Mixer
 from hqlt_search_space.recipe import Recipe
 from hqlt_search_space.study import Study
 from hqlt_search_space.tasks import Parity
@@ -141,3 +141,25 @@ def make_record() -> Callable[..., TrialRecord]:
 @pytest.fixture(scope="session")
 def make_study() -> Callable[..., StudyResults]:
     return study
+
+
+@pytest.fixture(scope="session")
+def make_results() -> Callable[..., StudyResults]:
+    """Six trials of three kinds with one to three objectives, and a seventh that failed."""
+
+    def make(n_objectives: int, replication: Mapping[int, float | None] | None = None) -> StudyResults:
+        objectives = (*OBJECTIVES, Objective(name="parameters", direction="minimize"))[:n_objectives]
+        mixers = [(FastWeight(n_heads=2),), (Attention(n_heads=2),), (FastWeight(n_heads=2), Attention(n_heads=2))]
+        records = []
+        for i in range(6):
+            values = {
+                "normalised_validation_accuracy": i / 5 - 0.1,
+                "state_bytes": 512.0 * 3**i,
+                "parameters": 9000.0 + 100 * (i % 3),
+            }
+            chosen = {objective.name: values[objective.name] for objective in objectives}
+            costs = {name: values[name] for name in ("state_bytes", "parameters")}
+            records.append(record(i, layers=mixers[i % 3], objectives=chosen, costs=costs, replication=replication))
+        return study(*records, record(6, None), objectives=objectives)
+
+    return make

@@ -77,7 +77,7 @@ def test_a_search_is_answered_by_the_front_and_by_the_best_of_each_kind(make_stu
         "and better in one.",
         "Highest normalised validation accuracy: trial 0, fast_weight delta, with 0.9 (state bytes 4 KiB).",
         "Lowest state bytes: trial 1, attention full, with 1 KiB (normalised validation accuracy 0.5).",
-        "These are the values by which the search chose, so they flatter its winners; with `replication` the study "
+        "These are the values by which the search chose, so they flatter its winners; with replication the study "
         "would train its front again over fresh seeds.",
         "In normalised validation accuracy, as the search saw it on seed 0, the best of each kind of model: "
         "fast_weight 0.9 (trial 0) and attention 0.5 (trial 1).",

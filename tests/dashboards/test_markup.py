@@ -1,7 +1,8 @@
 from html.parser import HTMLParser
 
+from hqlt_dashboards.curves import curves_figure
 from hqlt_dashboards.markup import Markup, join, page, picture, table, tag
-from hqlt_dashboards.plots import curves_figure, front_figure
+from hqlt_dashboards.plots import front_figure
 from hypothesis import given
 from hypothesis import strategies as st
 

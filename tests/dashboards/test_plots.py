@@ -3,18 +3,11 @@ import subprocess
 import sys
 
 import pytest
+from hqlt_dashboards.curves import curves_figure
+from hqlt_dashboards.drawing import png
 from hqlt_dashboards.front import front_members
-from hqlt_dashboards.plots import (
-    QUIET_COLOUR,
-    curve_metric,
-    curves_chart,
-    curves_figure,
-    front_chart,
-    front_figure,
-    page,
-    png,
-)
-from hqlt_search_space.mixers import Attention, FastWeight
+from hqlt_dashboards.plots import front_chart, front_figure
+from hqlt_search_space.mixers import FastWeight
 from hqlt_search_space.trial import Objective
 
 OBJECTIVES = (
@@ -22,28 +15,6 @@ OBJECTIVES = (
     Objective(name="state_bytes", direction="minimize"),
     Objective(name="parameters", direction="minimize"),
 )
-
-
-@pytest.fixture(scope="session")
-def make_results(make_record, make_study):
-    def make(n_objectives, replication=None):
-        objectives = OBJECTIVES[:n_objectives]
-        mixers = [(FastWeight(n_heads=2),), (Attention(n_heads=2),), (FastWeight(n_heads=2), Attention(n_heads=2))]
-        records = []
-        for i in range(6):
-            values = {
-                "normalised_validation_accuracy": i / 5 - 0.1,
-                "state_bytes": 512.0 * 3**i,
-                "parameters": 9000.0 + 100 * (i % 3),
-            }
-            chosen = {objective.name: values[objective.name] for objective in objectives}
-            costs = {name: values[name] for name in ("state_bytes", "parameters")}
-            records.append(
-                make_record(i, layers=mixers[i % 3], objectives=chosen, costs=costs, replication=replication)
-            )
-        return make_study(*records, make_record(6, None), objectives=objectives)
-
-    return make
 
 
 @pytest.mark.parametrize(("n_objectives", "n_panels"), [(1, 1), (2, 1), (3, 3)], ids=["one", "two", "three"])
@@ -119,46 +90,6 @@ def test_a_dollar_or_a_tag_in_a_name_is_drawn_as_it_is(make_results):
     assert "&lt;b&gt;d" in front_chart(results).layout.title.text
 
 
-def test_a_learning_curve_is_drawn_for_every_seed_that_has_readings(make_results):
-    results = make_results(2, {1: 0.5, 2: None})
-    drawn = [line for line in curves_figure(results, "train_loss_nats").axes[0].get_lines() if len(line.get_xdata())]
-    assert len(drawn) == 12
-    chart = curves_chart(results, "train_loss_nats")
-    assert sum(len(trace.x) == 4 for trace in chart.data) == 12
-
-
-def test_learning_curves_show_an_objective_if_one_was_read_during_training(make_results, make_study, make_record):
-    assert curve_metric(make_results(2)) == "normalised_validation_accuracy"
-    assert curve_metric(make_results(2).model_copy(update={"objectives": OBJECTIVES[1:]})) == "train_loss_nats"
-    assert curve_metric(make_study(make_record(0, None))) is None
-
-
-def test_an_objective_that_was_read_only_at_the_end_gives_way_to_the_training_loss(make_study, make_record):
-    record = make_record(0)
-    (replica,) = record.replicas
-    early = tuple(
-        reading.model_copy(update={"metrics": {"train_loss_nats": 1.0}}) if reading.step < 200 else reading
-        for reading in replica.curve
-    )
-    record = record.model_copy(update={"replicas": (replica.model_copy(update={"curve": early}),)})
-    assert curve_metric(make_study(record)) == "train_loss_nats"
-
-
-def test_curves_of_an_ablation_have_its_baseline_in_colour(make_study, make_record):
-    cells = [make_record(i, i / 4, cell=cell) for i, cell in enumerate(["baseline", "window=4", "mixing=sum"])]
-    drawn = list(curves_figure(make_study(*cells), "train_loss_nats").axes[0].get_lines())
-    assert [line.get_color() for line in drawn if len(line.get_xdata())] == [QUIET_COLOUR] * 2 + ["#0072B2"]
-
-
-def test_a_page_of_two_charts_holds_plotly_once(make_results):
-    results = make_results(2)
-    text = page("both", [front_chart(results), curves_chart(results, "train_loss_nats")])
-    assert text.count("* plotly.js v") == 1
-    assert text.count('id="chart-') == 2
-    assert "max-width: 820px" in text  # and no narrower window has to be scrolled
-    assert '"width":820' not in text
-
-
 def test_a_study_without_results_is_drawn_as_an_empty_picture(make_study):
     assert png(front_figure(make_study())).startswith(b"\x89PNG")
     assert png(curves_figure(make_study(), "train_loss_nats")).startswith(b"\x89PNG")
@@ -166,7 +97,7 @@ def test_a_study_without_results_is_drawn_as_an_empty_picture(make_study):
 
 def test_drawing_needs_neither_pyplot_nor_torch_nor_a_database():
     code = (
-        "import hqlt_dashboards.export, hqlt_dashboards.plots, hqlt_dashboards.tables, sys;"
+        "import hqlt_dashboards.export, hqlt_dashboards.plots, hqlt_dashboards.report, sys;"
         "print(sorted({'matplotlib.pyplot', 'torch', 'ray', 'optuna', 'mlflow', 'sqlalchemy'} & sys.modules.keys()))"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

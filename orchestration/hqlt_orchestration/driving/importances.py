@@ -26,7 +26,7 @@ from hqlt_orchestration.records.tables import TrialRow
 LEAST_TRIALS = 15  # three times the best: there must be something to differ from
 LEAST_BEST = 5  # what PED-ANOVA needs above its threshold to be steady, says Optuna
 BEST_SHARE = 0.1
-N_SHUFFLES = 200
+N_SHUFFLES = 100
 CONFIDENCE = 0.95
 
 
