@@ -138,6 +138,12 @@ def _ends(found: Estimate | None) -> list[float]:
     return [] if found is None else [end for end in (found.mean, found.low, found.high) if end is not None]
 
 
+def _cell(results: StudyResults, record: TrialRecord) -> str:
+    """The name of a cell, with its task where there are several."""
+    task = f", {spoken(record.config.task.kind)}" if len(by_task(results)) > 1 else ""
+    return f"{record.cell}{task}"
+
+
 def _importances(results: StudyResults) -> Markup:
     if not results.importances:
         return Markup()
@@ -213,7 +219,7 @@ def _memories(results: StudyResults) -> Markup:
 def _hybrids(results: StudyResults, metric: str) -> list[tuple[str, TrialRecord, tuple[ReplicaResult, ...]]]:
     """Name, record and counting seeds of the models with both memories that a reader wants to see into."""
     if is_ablation(results):
-        subjects = [(record.cell or str(record.number), record, record.replicas) for record in results.trials]
+        subjects = [(_cell(results, record), record, record.replicas) for record in results.trials]
     else:
         subjects = [
             (f"trial {m.record.number}", m.record, fresh_replicas(m.record) if m.replicated else m.record.replicas)
@@ -258,7 +264,7 @@ def _factors(replicas: Iterable[ReplicaResult], memory: str) -> str:
 def _failures(results: StudyResults, background: Background) -> Markup:
     lines: list[str] = []
     for record in results.trials:
-        name = f"trial {record.number}" + (f" ({record.cell})" if record.cell else "")
+        name = f"trial {record.number}" + (f" ({_cell(results, record)})" if record.cell else "")
         failed = [replica for replica in record.replicas + record.replication if replica.status == "failed"]
         for replica in failed:
             why = f"{spoken(replica.reason or 'failed')} at step {replica.step}"
@@ -279,7 +285,7 @@ def _last_line(text: str) -> str:
 def _again(results: StudyResults, background: Background) -> Markup:
     """Commands for the front, or an ablation's cells, and to go on with a study that is not finished."""
     if is_ablation(results):
-        chosen = [(record, record.cell or "") for record in results.trials if record.state == "complete"]
+        chosen = [(record, _cell(results, record)) for record in results.trials if record.state == "complete"]
     else:
         chosen = [(member.record, describe(member.record.config.arch)) for member in front_members(results)]
 

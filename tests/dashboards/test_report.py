@@ -5,7 +5,10 @@ import pytest
 from hqlt_dashboards.report import report
 from hqlt_search_space.errors import NoResultError
 from hqlt_search_space.mixers import Attention, FastWeight
-from hqlt_search_space.trial import AxisImportance, Backend, Importances, KnockOut, MeanGate, Objective
+from hqlt_search_space.paper import paper_arch
+from hqlt_search_space.recipe import Recipe
+from hqlt_search_space.tasks import ModularArithmetic, Parity
+from hqlt_search_space.trial import AxisImportance, Backend, Config, Importances, KnockOut, MeanGate, Objective
 
 ACCURACY = "normalised_validation_accuracy"
 VOID = {"meta", "link", "br", "img"}
@@ -132,6 +135,23 @@ def test_an_ablation_has_its_table_in_place_of_a_front(read, ablation):
     assert rows["window=4"] == ["worse", "3"]
     assert rows["mixing=sum"] == ["not told apart", "2 of 3"]
     assert "hqlt rerun parity-blends/1" in page.text
+
+
+def test_an_ablation_on_two_tasks_has_a_table_a_picture_and_a_command_for_each(read, make_study, make_record):
+    """Its cells are models of the paper, so the published numbers stand beside them."""
+    records = []
+    for task in (Parity(), ModularArithmetic()):
+        for cell, model in {"baseline": "hqlt_synchronous", "deltanet": "deltanet"}.items():
+            config = Config(arch=paper_arch(model, task.kind), recipe=Recipe(), task=task)
+            records.append(make_record(len(records), 0.5 + len(records) / 10, cell=cell, config=config))
+    page = read(make_study(*records, seeds=(0,)))
+    captions = [a["aria-label"] for name, a in page.elements if name == "div" and "aria-label" in a]
+    assert "parity-blends, parity: normalised validation accuracy" in captions
+    assert "parity-blends, modular arithmetic: normalised validation accuracy" in captions
+    assert page.text.count("Beside the published numbers") == 2
+    assert [name for name, _ in page.elements].count("figcaption") == 2
+    assert ["3", "deltanet, modular arithmetic", "hqlt rerun parity-blends/3"] in page.cells
+    assert "The front" not in page.titles
 
 
 def test_a_plain_search_of_one_objective_has_no_empty_section(read, make_study, make_record):
