@@ -27,8 +27,11 @@ def answer(results: StudyResults) -> list[str]:
         return [sentence for part in parts for sentence in _of_ablation(part, named=len(parts) > 1)]
     members = front_members(results)
     if not members:
-        return ["No trial has come to a result yet."]
-    return [*_of_front(results, members), *_of_kinds(results, members)]
+        failed = sum(record.state in ("failed", "quarantined") for record in results.trials)
+        return [
+            "No trial has come to a result yet." if not failed else f"No trial has come to a result; {failed} failed."
+        ]
+    return list(dict.fromkeys([*_of_front(results, members), *_of_kinds(results, members)]))  # a caveat is said once
 
 
 def is_ablation(results: StudyResults) -> bool:
@@ -68,10 +71,14 @@ def _of_front(results: StudyResults, members: Sequence[FrontMember]) -> list[str
     if not others:
         tied = f"trials {_listed(str(m.record.number) for m in members)} tie" if len(members) > 1 else "one is best"
         sentences = [f"Of {_count(n_complete, 'trial')} with a result, {tied}: {_best(members, first, ())}."]
-    else:
-        are = "is" if len(members) == 1 else "are"
+    elif len(members) == 1:
         sentences = [
-            f"{len(members)} of {_count(n_complete, 'trial')} with a result {are} on the front: "
+            f"Of {_count(n_complete, 'trial')} with a result, one is at least as good as all in every objective: "
+            f"{_best(members, first, others)}."
+        ]
+    else:
+        sentences = [
+            f"{len(members)} of {_count(n_complete, 'trial')} with a result are on the front: "
             "nothing that was tried is at least as good in every objective and better in one."
         ]
         for objective in results.objectives:
@@ -79,6 +86,8 @@ def _of_front(results: StudyResults, members: Sequence[FrontMember]) -> list[str
             sentences.append(f"{_superlative(objective)}: {_best(members, objective, rest)}.")
     if any(member.replicated for member in members):
         sentences.append("These are means over fresh seeds, which had no part in choosing.")
+        counts = sorted({found.n for member in members for found in member.estimates.values()})
+        sentences += [f"{CAVEATS[n]}." for n in counts if n in CAVEATS]
     elif measured_objectives(results):
         sentences.append(
             "These are the values by which the search chose, so they flatter its winners; "

@@ -267,8 +267,8 @@ def _failures(results: StudyResults, background: Background) -> Markup:
         name = f"trial {record.number}" + (f" ({_cell(results, record)})" if record.cell else "")
         failed = [replica for replica in record.replicas + record.replication if replica.status == "failed"]
         for replica in failed:
-            why = f"{spoken(replica.reason or 'failed')} at step {replica.step}"
-            lines.append(f"{name}, seed {replica.seed}: {why}: {_last_line(replica.message or '')}")
+            why = _last_line(replica.message or spoken(replica.reason or "failed"))
+            lines.append(f"{name}, seed {replica.seed}, step {replica.step}: {why}")
         if not failed and record.state in ("failed", "quarantined"):
             lines.append(f"{name}: {record.state}: {_last_line(background.last_words.get(record.number, ''))}")
     if not lines:

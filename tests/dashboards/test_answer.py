@@ -117,4 +117,16 @@ def test_with_one_objective_the_best_is_named_and_ties_are_said(make_study, make
 
 
 def test_without_a_result_there_is_one_sentence(make_study, make_record):
-    assert answer(make_study(make_record(0, None))) == ["No trial has come to a result yet."]
+    assert answer(make_study(make_record(0, None))) == ["No trial has come to a result; 1 failed."]
+    assert answer(make_study(make_record(0, None, state="running"))) == ["No trial has come to a result yet."]
+
+
+def test_a_front_of_one_is_said_in_one_sentence_and_what_three_seeds_are_worth_once(make_study, make_record):
+    fresh = {1: 0.8, 2: 0.7, 3: 0.9}
+    results = make_study(make_record(0, 0.9, 1024.0, replication=fresh), make_record(1, 0.5, 2048.0))
+    sentences = answer(results)
+    assert sentences[0] == (
+        "Of 2 trials with a result, one is at least as good as all in every objective: trial 0, "
+        "hybrid synchronous delta W8 dynamic_vector x2, with 0.8 [0.7, 0.9] over 3 seeds (state bytes 1 KiB)."
+    )
+    assert len([sentence for sentence in sentences if sentence.startswith("3 seeds:")]) == 1

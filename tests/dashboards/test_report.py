@@ -115,7 +115,7 @@ def test_a_search_has_every_section_that_it_has_something_for(read, search):
     assert ["rule", "", "80%", "40%", "stands out"] in page.cells
     assert ["window", "", "20%", "30%", "chance"] in page.cells
     assert "Nothing can be said: 4 are too few." in page.text
-    assert "trial 3, seed 0: diverged at step 40: loss is not finite" in page.text
+    assert "trial 3, seed 0, step 40: loss is not finite" in page.text
     assert [
         "trial 2",
         "hybrid synchronous delta W8 dynamic_vector x2",
