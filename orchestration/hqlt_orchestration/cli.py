@@ -7,8 +7,18 @@ from typing import Annotated, Literal
 
 import typer
 from hqlt_search_space.errors import HqltError
+from typer.core import TyperGroup
+
+
+class _StudyFirst(TyperGroup):
+    """What one begins with stands first; typer would put a group after all commands."""
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]  # typer's own Context
+        return sorted(super().list_commands(ctx), key="study".__ne__)
+
 
 app = typer.Typer(
+    cls=_StudyFirst,
     help="Architecture search and ablation for models that blend KV-memory and FW-memory.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

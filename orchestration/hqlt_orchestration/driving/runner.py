@@ -321,6 +321,7 @@ class Driver:
             self._running[each] = _Running()
             self._watchdog.begin(each)
         self._executor.submit(Job(tuple(keys), trial, self._store.trial_folder(self._name, row.number)))
+        self._show()
 
     # What happens to running trials
 
