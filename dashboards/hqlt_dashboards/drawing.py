@@ -25,7 +25,7 @@ MOST_TICKS = 9  # of bytes
 LONGEST_LABEL = 40  # characters beside an axis of a plotly chart; a longer label puts its unit on a second line
 LINE_COLOUR = "#555555"
 GRID_COLOUR = "#e4e4e4"
-QUIET_COLOUR = "#9aa0a8"  # of what is there to compare with
+QUIET_COLOUR = "#868c95"  # of what is there to compare with
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = (("o", "circle"), ("s", "square"), ("^", "triangle-up"), ("D", "diamond"), ("v", "triangle-down"))

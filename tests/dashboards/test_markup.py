@@ -1,4 +1,6 @@
+import re
 from html.parser import HTMLParser
+from importlib.resources import files
 
 from hqlt_dashboards.curves import curves_figure
 from hqlt_dashboards.markup import Markup, join, page, picture, table, tag
@@ -81,3 +83,21 @@ def test_a_page_runs_nothing_and_fetches_nothing():
     assert not {"script", "link", "iframe", "object"} & {name for name, _ in read.elements}
     assert "url(" not in read.text
     assert read.text.startswith("\na <b>")
+
+
+def luminance(colour):
+    """Of `#rrggbb`, as WCAG 2.2 defines it."""
+    channels = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    linear = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
+    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def test_text_and_marks_stand_out_from_the_page_by_day_by_night_and_in_print():
+    style = files("hqlt_dashboards").joinpath("page.css").read_text()
+    palettes = [dict(re.findall(r"--(\w+): (#\w{6});", block)) for block in re.findall(r":root \{(.*?)\}", style, re.S)]
+    assert len(palettes) == 3
+    for palette in palettes:
+        paper = luminance(palette["paper"])
+        for name, least in {"ink": 7, "soft": 4.5, "accent": 4.5, "line": 3, "quiet": 3}.items():
+            light, dark = sorted((luminance(palette[name]), paper), reverse=True)
+            assert (light + 0.05) / (dark + 0.05) >= least, (name, palette)
