@@ -109,15 +109,14 @@ def check(*, dtype, feature_map="silu_l2", read_chunk=None, **case) -> None:
         other = with_gradients(lambda *x: definition.fast_weight(*x, **options), tensors, stored)
     else:
         other = with_gradients(chunkwise_at(dtype, **options), tensors, stored)
-    factor = FACTOR[dtype] if read_chunk is None else 8.0
-    if dtype == torch.float32 and case.get("decay") == "strong":
-        factor = 64.0  # differences of a tile's summed log decays, here up to 1,900; PyTorch decays token by token
+    factor = FACTOR[dtype]
     if dtype == torch.bfloat16 and case.get("keys") == "identical":
-        factor = 5.0  # T of a tile is stored in 16 bits, and all of its entries err the same way
+        factor = 5.0  # what all keys read alike cancels in a product with T, which is stored in 16 bits
     exact_decay = truth.pop("dlog_decay", None)
     assert_as_good_as_torch(ours, other, truth, factor=factor)
-    if exact_decay is not None:  # sums over all pairs of a tile
-        assert_as_good_as_torch(ours, other, {"dlog_decay": exact_decay}, factor=1.5 * factor)
+    if exact_decay is not None:  # in 16 bits a difference of what is read and what was written
+        slack = 1.0 if dtype == torch.float32 else 1.5
+        assert_as_good_as_torch(ours, other, {"dlog_decay": exact_decay}, factor=slack * factor)
 
 
 RULES = ("additive", "decay", "delta", "gated_delta", "delta_product")
@@ -150,6 +149,22 @@ def test_every_feature_map_has_its_gradient_in_the_kernel(feature_map):
 @pytest.mark.parametrize("keys", ["correlated", "identical"])
 def test_keys_that_repeat_and_writes_that_are_off(keys, strength):
     check(rule="delta", dtype=torch.float32, head_dim=32, n_tokens=70, keys=keys, strength=strength)
+
+
+@pytest.mark.parametrize("head_dim", [16, 32])
+@pytest.mark.parametrize("rule", ["decay", "gated_delta"])
+def test_float32_keeps_its_digits_where_a_tile_forgets_everything_again_and_again(rule, head_dim):
+    """Up to e^-30 a token: a tile's logarithms add up to hundreds, and most of what was written is never read."""
+    check(rule=rule, dtype=torch.float32, head_dim=head_dim, n_tokens=70, decay="strong")
+
+
+def test_writes_of_beta_zero_change_a_state_by_less_than_half_precision_shows():
+    q, k, v, beta, _, state = (
+        x if x is None else x.half() for x in inputs(rule="delta", dtype=torch.float16, head_dim=32, n_tokens=16)
+    )
+    options = {"feature_map": "silu_l2", "scale": 1.0, "read_chunk": None}
+    final = fast_weight_operator.fast_weight(q, k, v, torch.zeros_like(beta), None, state, **options)[1]
+    assert relative_error(final, state) < torch.finfo(torch.float16).eps / 2
 
 
 @pytest.mark.parametrize("read_chunk", [1, 7, 16, 32, 50])

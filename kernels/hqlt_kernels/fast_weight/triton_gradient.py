@@ -18,6 +18,9 @@ The gradient of a log decay at t sums what is read after t of what was written b
 reader and each write, that is the readers from t on, less the writes from t on, plus what the writes leave behind at
 the tile's end, plus gamma_last <S, dS>. Pairs within t's past or future cancel: they are the same products of the same
 rounded numbers. Taken over the whole sequence, or from rowsum(do o) and rowsum(dv v), they would not.
+
+What a strong decay leaves of that is still small beside the terms. So float32 adds up the pairs themselves, each by the
+decays it contains: one more product in three parts, which 16-bit results would not show.
 """
 
 # What is inside @triton.jit is not Python to a type checker.
@@ -26,7 +29,7 @@ rounded numbers. Taken over the whole sequence, or from rowsum(do o) and rowsum(
 import triton
 import triton.language as tl
 
-from hqlt_kernels.fast_weight.triton_kernels import _features_backward, _load, _place, _readable, _store, _tile
+from hqlt_kernels.fast_weight.triton_kernels import _decay, _features_backward, _load, _place, _readable, _store, _tile
 
 
 @triton.jit
@@ -85,9 +88,10 @@ def gradient_kernel(
 
     The 2 BT readers of a tile, its queries and then its keys, are rows of one matrix: both read S and earlier writes,
     the keys with a minus sign. Columns of K are worked on BK at a time, while the next are loaded. q_features,
-    k_features from prepare_kernel, q with the scale;  With ADD, dq,
-    dk and dv are added to what stands in dq, dk and dv_sum. Grid NT * B * H.
+    k_features from prepare_kernel, q with the scale. With ADD, dq, dk and dv are added to what stands in dq, dk and
+    dv_sum. Grid NT * B * H.
     """
+    PAIRS: tl.constexpr = PREC == "tf32x3"  # float32
     c, bh = _place(NT)
     first, count = _tile(c, T, BT, PARTS, STRIDE)
     tile = bh * NT + c
@@ -133,10 +137,10 @@ def gradient_kernel(
         g_read = tl.load(gate + tl.where(is_k, 0, BT) + i)
         g_written = tl.load(gate + j)
         last = tl.load(gate + BT - 1)
-        P *= tl.exp2(tl.where(reads, g_read[:, None] - g_written[None, :], 0.0))
-        PT *= tl.exp2(tl.where(read_by, g_read[None, :] - g_written[:, None], 0.0))
-        sign *= tl.exp2(g_read)
-        left = tl.exp2(last - g_written)
+        P *= _decay(tl.where(reads, g_read[:, None] - g_written[None, :], 0.0))
+        PT *= _decay(tl.where(read_by, g_read[None, :] - g_written[:, None], 0.0))
+        sign *= _decay(g_read)
+        left = _decay(last - g_written)
         read = tl.zeros((2 * BT,), tl.float32)  # <y, dy> of each reader, of each write, and of what writes leave behind
         written = tl.zeros((BT,), tl.float32)
         passed = tl.zeros((BT,), tl.float32)
@@ -167,6 +171,8 @@ def gradient_kernel(
             S_read = tl.load(states + state_at - (c % PARTS) * (K * V))
             dy = tl.where(is_k[:, None], dy, tl.dot(dread, tl.trans(S_read), input_precision=PREC))
         dy *= sign[:, None]
+        if DECAY and PAIRS:
+            read += tl.sum(dy * y, 1)
         dy = tl.dot(P, kb, dy, input_precision=PREC)
         dk_written = tl.dot(U, tl.trans(dS), input_precision=PREC)
         if DECAY:
@@ -174,7 +180,7 @@ def gradient_kernel(
             dk_written *= left[:, None]
             passed += tl.sum(dk_written * kb.to(tl.float32), 1)
         dk_written = tl.dot(PT, yb, dk_written, input_precision=PREC)
-        if DECAY:
+        if DECAY and not PAIRS:
             read += tl.sum(dy * y, 1)
             written += tl.sum(dk_written * kb.to(tl.float32), 1)
         dy += tl.reshape(tl.where(half == 1, dk_written[None, :, :], 0.0), (2 * BT, BK))
@@ -188,12 +194,28 @@ def gradient_kernel(
         total += _load(dv + vectors_v, ok_v, MASKED).to(tl.float32)
         _store(dv_sum + vectors_v, total, ok_v, MASKED)
     if DECAY:
-        read_q, read_k = tl.split(tl.trans(tl.reshape(read, (2, BT))))
-        if READ == 0:
-            dg = tl.cumsum(read_q + read_k - written, 0, reverse=True)
+        if PAIRS:
+            scores = tl.zeros((2 * BT, BT), tl.float32)  # <y, k> of readers and writes
+            for n in range(0, K, BK):
+                d = n + tl.arange(0, BK)
+                features = tl.where(is_k[:, None], k_features, q_features) + (row + i * H)[:, None] * K + d[None, :]
+                yb = _load(features, ok_i, MASKED)
+                kb = _load(k_features + (row + j * H)[:, None] * K + d[None, :], ok_j, MASKED)
+                scores = tl.dot(yb, tl.trans(kb), scores, input_precision=PREC)
+            # Writes up to j are the past of the decay after j; the last place is that of the tile's first decay.
+            after = (j + 1) % BT
+            pairs = tl.where(after[None, :] > 0, tl.cumsum(P * scores, 1), 0.0)  # [reader, decay]
+            later = tl.where(is_k[:, None], i[:, None] >= after[None, :], _readable(i[:, None], after[None, :], READ))
+            dg = tl.sum(tl.where(later, read[:, None] + pairs, 0.0), 0)
+            dg += tl.where(after > 0, tl.cumsum(passed, 0), 0.0) + _decay(last) * tl.sum(kept, 0)
+            tl.store(dlog_decay + row + after * H, dg.to(dlog_decay.dtype.element_ty), mask=after < count)
         else:
-            dg = tl.cumsum(read_k - written, 0, reverse=True)
-            if PARTS == 1 and STRIDE > READ:
-                dg += tl.sum(tl.where(_readable(j[:, None], j[None, :], READ), read_q[:, None], 0.0), 0)
-        dg += tl.sum(passed, 0) + tl.exp2(last) * tl.sum(kept, 0)
-        tl.store(dlog_decay + row + j * H, dg.to(dlog_decay.dtype.element_ty), mask=ok_j)
+            read_q, read_k = tl.split(tl.trans(tl.reshape(read, (2, BT))))
+            if READ == 0:
+                dg = tl.cumsum(read_q + read_k - written, 0, reverse=True)
+            else:
+                dg = tl.cumsum(read_k - written, 0, reverse=True)
+                if PARTS == 1 and STRIDE > READ:
+                    dg += tl.sum(tl.where(_readable(j[:, None], j[None, :], READ), read_q[:, None], 0.0), 0)
+            dg += tl.sum(passed, 0) + _decay(last) * tl.sum(kept, 0)
+            tl.store(dlog_decay + row + j * H, dg.to(dlog_decay.dtype.element_ty), mask=ok_j)

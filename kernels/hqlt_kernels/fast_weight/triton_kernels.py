@@ -107,6 +107,18 @@ def _features(x, FEATURE: tl.constexpr, BT: tl.constexpr):
 
 
 @triton.jit
+def _decay(log2):
+    """2^log2 in float32. The gates of float32 inputs are float64: where a tile forgets, its sums reach thousands, and
+    even one decay of e^-30 would lose 4 bits as a float32 power of two."""
+    if log2.dtype == tl.float64:
+        whole = tl.floor(log2)
+        decay = tl.exp2(whole.to(tl.float32)) * tl.exp2((log2 - whole).to(tl.float32))
+    else:
+        decay = tl.exp2(log2)
+    return decay
+
+
+@triton.jit
 def _readable(i, j, READ: tl.constexpr):
     """Whether query i reads write j of its own tile."""
     if READ == 0:
@@ -182,8 +194,8 @@ def prepare_kernel(
     STORED the local part tril(D q k^T): the scan of a rule with decay has no registers left to compute it.
 
     q, k, q_out, k_out [B, T, H, K]; beta, log_decay [B, T, H]; transfer, local [B * H, NT, BT, BT];
-    gates, norms [B * H, NT, 2, BT] float32 (keys, queries). k_out is by the time of writing (SHIFT applied).
-    Grid NT * B * H.
+    gates, norms [B * H, NT, 2, BT] float32 (keys, queries; gates: see `_decay`). k_out is by the time of writing (SHIFT
+    applied). Grid NT * B * H.
     """
     c, bh = _place(NT)
     first, count = _tile(c, T, BT, PARTS, STRIDE)
@@ -207,14 +219,14 @@ def prepare_kernel(
     kb = x.to(k_out.dtype.element_ty)
     _store(k_out + row * K + i[:, None] * (H * K) + d[None, :], kb, ok, MASKED)
     if DECAY:
-        g = tl.load(log_decay + row + i * H, mask=ok, other=0.0).to(tl.float32) * LOG2E
+        g = tl.load(log_decay + row + i * H, mask=ok, other=0.0).to(gates.dtype.element_ty) * LOG2E
         gk = tl.cumsum(g, 0)
         gate = gates + tile * (2 * BT) + i
         tl.store(gate, gk)
         if READ == 0:
             gq = gk
         elif PARTS > 1:
-            gq = tl.zeros((BT,), tl.float32)
+            gq = tl.zeros((BT,), gates.dtype.element_ty)
         else:
             gq = tl.sum(tl.where((i[None, :] // READ) < (i[:, None] // READ), g[None, :], 0.0), 1)
         tl.store(gate + BT, gq)
@@ -223,7 +235,7 @@ def prepare_kernel(
         P = tl.dot(qb, tl.trans(kb), input_precision=PREC)
         seen = _readable(i[:, None], i[None, :], READ)
         if DECAY:
-            P *= tl.exp2(tl.where(seen, gq[:, None] - gk[None, :], 0.0))
+            P *= _decay(tl.where(seen, gq[:, None] - gk[None, :], 0.0))
         tl.store(local + square, tl.where(seen, P, 0.0).to(local.dtype.element_ty))
     if DELTA:
         b = tl.load(beta + row + i * H, mask=ok, other=0.0).to(tl.float32)
@@ -231,7 +243,7 @@ def prepare_kernel(
         A = tl.dot(kb, tl.trans(kb), input_precision=PREC) * b[None, :]
         lower = i[:, None] > i[None, :]
         if DECAY:
-            A *= tl.exp2(tl.where(lower, gk[:, None] - gk[None, :], 0.0))
+            A *= _decay(tl.where(lower, gk[:, None] - gk[None, :], 0.0))
         X = _inverse(tl.where(lower, A, 0.0), BT, PREC) * b[:, None]
         tl.store(transfer + square, X.to(transfer.dtype.element_ty))
 
@@ -315,7 +327,7 @@ def scan_kernel(
             tb = tl.load(transfer + (bh * NT + c) * (BT * BT) + i[:, None] * BT + i[None, :])
             R = tl.dot(kb, Sb, input_precision=PREC)
             if DECAY:
-                R *= tl.exp2(gk)[:, None]
+                R *= _decay(gk)[:, None]
             R = vb.to(tl.float32) - R
             U = tl.dot(tb, R.to(kb.dtype), input_precision=PREC)
             Ub = U.to(kb.dtype)
@@ -327,7 +339,7 @@ def scan_kernel(
             qb = _load(q + row * K + i[:, None] * (H * K) + d[None, :], ok, MASKED)
             acc = tl.dot(qb, read, input_precision=PREC)
             if DECAY:
-                acc *= tl.exp2(gq)[:, None]
+                acc *= _decay(gq)[:, None]
             if LOCAL:
                 if STORED:
                     P = tl.load(local + (bh * NT + c) * (BT * BT) + i[:, None] * BT + i[None, :])
@@ -335,13 +347,13 @@ def scan_kernel(
                     P = tl.dot(qb, tl.trans(kb), input_precision=PREC)
                     seen = _readable(i[:, None], i[None, :], READ)
                     if DECAY:
-                        P *= tl.exp2(tl.where(seen, gq[:, None] - gk[None, :], 0.0))
+                        P *= _decay(tl.where(seen, gq[:, None] - gk[None, :], 0.0))
                     P = tl.where(seen, P, 0.0).to(kb.dtype)
                 acc = tl.dot(P, Ub, acc, input_precision=PREC)
             _store(o + row * V + i[:, None] * (H * V) + e[None, :], acc, ok, MASKED)
         if DECAY:
-            Ub = (Ub.to(tl.float32) * tl.exp2(last - gk)[:, None]).to(kb.dtype)
-            S *= tl.exp2(last)
+            Ub = (Ub.to(tl.float32) * _decay(last - gk)[:, None]).to(kb.dtype)
+            S *= _decay(last)
         S = tl.dot(tl.trans(kb), Ub, S, input_precision=PREC)
     tl.store(final + bh * (K * V) + state_at, S)
 
@@ -413,13 +425,13 @@ def reverse_scan_kernel(
             next_gk = tl.load(gate + i)
             next_gq = tl.load(gate + BT + i)
             next_last = tl.load(gate + BT - 1)
-            dU *= tl.exp2(last - gk)[:, None]
-            dS *= tl.exp2(last)
+            dU *= _decay(last - gk)[:, None]
+            dS *= _decay(last)
         if LOCAL:
             P = tl.dot(kb, tl.trans(qb), input_precision=PREC)  # [write, query]
             seen = _readable(i[None, :], i[:, None], READ)
             if DECAY:
-                P *= tl.exp2(tl.where(seen, gq[None, :] - gk[:, None], 0.0))
+                P *= _decay(tl.where(seen, gq[None, :] - gk[:, None], 0.0))
             P = tl.where(seen, P, 0.0)
             dU = tl.dot(P.to(kb.dtype), dob, dU, input_precision=PREC)
         if DELTA:
@@ -431,14 +443,14 @@ def reverse_scan_kernel(
         dv_at = dv + (row - SHIFT * H) * V + i[:, None] * (H * V) + e[None, :]
         _store(dv_at, dR, ok_v, MASKED)
         if DECAY:
-            dob = (dob.to(tl.float32) * tl.exp2(gq)[:, None]).to(kb.dtype)
+            dob = (dob.to(tl.float32) * _decay(gq)[:, None]).to(kb.dtype)
         if PARTS == 1:
             dS = tl.dot(tl.trans(qb), dob, dS, input_precision=PREC)
         else:
             dread = tl.dot(tl.trans(qb), dob, dread, input_precision=PREC)
         if DELTA:
             if DECAY:
-                dR *= tl.exp2(gk)[:, None]
+                dR *= _decay(gk)[:, None]
             dS = tl.dot(tl.trans(kb), (-dR).to(kb.dtype), dS, input_precision=PREC)
         if PARTS > 1:
             if c % PARTS == 0:
