@@ -28,8 +28,14 @@ _system_attributes = models.TrialSystemAttributeModel.__table__
 _values = models.TrialValueModel.__table__
 
 
-def create_optuna_tables(url: str) -> None:
-    """Make Optuna's tables at `url`. Not safe against others who do the same: see `Ledger`."""
+def create_optuna_tables(url: str, engine: sa.Engine) -> None:
+    """Make Optuna's tables at `url`, which `engine` reaches. Not safe against others who do the same: see `Ledger`.
+
+    All in one transaction, as Optuna would not: a process killed between a table and its indexes would leave one that
+    takes two studies of the same name, since an index is made with its table or never.
+    """
+    with engine.connect() as connection, connection.begin():
+        models.BaseModel.metadata.create_all(connection)
     storage = RDBStorage(url, _engine_options(url))
     storage.remove_session()
     storage.engine.dispose()

@@ -374,7 +374,7 @@ def take_in(tx: sa.Connection, study: str, new: NewTrial) -> int | Refused:
 def _create_schema(url: str, engine: sa.Engine) -> None:
     from hqlt_orchestration.records.history import create_optuna_tables
 
-    create_optuna_tables(url)  # first, because our version row says that all tables are there
-    METADATA.create_all(engine)
-    with engine.connect() as connection, connection.begin():
+    create_optuna_tables(url, engine)  # first, because our version row says that all tables are there
+    with engine.connect() as connection, connection.begin():  # tables without a version would be taken for another's
+        METADATA.create_all(connection)
         connection.execute(SCHEMA.insert().values(version=SCHEMA_VERSION))
