@@ -7,6 +7,7 @@ its own. Nothing touches pyplot, so no figure outlives its caller and no display
 import html
 import io
 import math
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,8 @@ from hqlt_dashboards.words import axis_label, format_value
 
 TRIAL_NUMBER = "trial_number"
 STEP = "step"
+TITLE_CHARACTERS_AN_INCH = 9
+TITLE_PIXELS_A_CHARACTER = 11
 LOG_FROM_RATIO = 20.0  # largest over smallest value from which an axis is logarithmic
 MOST_TICKS = 9  # of bytes
 LONGEST_LABEL = 40  # characters beside an axis of a plotly chart; a longer label puts its unit on a second line
@@ -72,6 +75,7 @@ def label_axes(axes: Axes, x: str, y: str, xs: Sequence[float], ys: Sequence[flo
 
 def finish(figure: Figure, title: str) -> None:
     """Title on the left and legend on the right, both outside the axes."""
+    title = _fitted(title, round(figure.get_figwidth() * TITLE_CHARACTERS_AN_INCH))
     figure.suptitle(title, x=0.01, horizontalalignment="left", parse_math=False, fontsize=11)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if handles:
@@ -109,7 +113,7 @@ def finish_chart(chart: go.Figure, title: str, styles: dict[str, Style], mode: s
         )
     chart.update_layout(
         template="plotly_white",
-        title={"text": html.escape(title).replace("\n", "<br>")},
+        title={"text": html.escape(_fitted(title, width // TITLE_PIXELS_A_CHARACTER)).replace("\n", "<br>")},
         legend={"title": {"text": "mixers"}},
         width=width,
         height=height,
@@ -134,6 +138,11 @@ def byte_ticks(name: str, values: Sequence[float]) -> list[float]:
     return [unit * i for i in range(math.floor(low / unit), math.ceil(high / unit) + 1)]
 
 
+def _fitted(title: str, n_characters: int) -> str:
+    """`title` with its lines broken where they are longer: a study's name may have 128 characters."""
+    return "\n".join(part for line in title.splitlines() for part in textwrap.wrap(line, n_characters))
+
+
 def _label(name: str) -> str:
     return {TRIAL_NUMBER: "Trial number", STEP: "Optimiser step"}.get(name) or axis_label(name)
 
@@ -154,7 +163,7 @@ def png(figure: Figure, dots_per_inch: int = 150) -> bytes:
 def page(title: str, charts: Sequence[go.Figure], text: str = "") -> str:
     """A self-contained HTML page: the charts, then `text` as it stands. It holds plotly.js once and fetches nothing.
 
-    The charts are as wide as they were made, or as the window where that is narrower (a telephone, MLflow).
+    The charts are as wide as they were made, or as the window where that is somewhat narrower, as in MLflow's pages.
     """
     parts = []
     for i, chart in enumerate(charts):
@@ -164,7 +173,8 @@ def page(title: str, charts: Sequence[go.Figure], text: str = "") -> str:
             div_id=f"chart-{i}",  # a random one would make two exports of the same front differ
             config={"displaylogo": False, "responsive": True},
         )
-        parts.append(f'<div style="max-width: {chart.layout.width}px">{drawn}</div>')
+        width = chart.layout.width
+        parts.append(f'<div style="max-width: {width}px; min-width: {3 * width // 4}px">{drawn}</div>')
     return "\n".join(
         [
             "<!doctype html>",

@@ -84,6 +84,14 @@ def test_members_that_tie_share_a_label(make_record, make_study):
     assert [text for trace in front_chart(results).data for text in trace.text or () if text] == ["3, 11"]
 
 
+def test_a_long_name_breaks_the_title_instead_of_running_out_of_the_picture(make_results):
+    results = make_results(2).model_copy(update={"name": "n" * 128})
+    figure = front_figure(results)
+    figure.draw_without_rendering()
+    assert figure._suptitle.get_window_extent().x1 < figure.bbox.x1
+    assert max(map(len, front_chart(results).layout.title.text.split("<br>"))) < 80
+
+
 def test_a_dollar_or_a_tag_in_a_name_is_drawn_as_it_is(make_results):
     results = make_results(2).model_copy(update={"name": "a$b_{c$ <b>d"})
     assert png(front_figure(results)).startswith(b"\x89PNG")
