@@ -160,7 +160,7 @@ def _lead(ahead: TrialRecord, behind: TrialRecord, objective: Objective) -> tupl
     if fresh is not None:
         return fresh, f"the {_count(fresh.n, 'fresh seed')} that both have"
     seen = lead(ahead.replicas, behind.replicas)
-    return seen, "" if seen is None else f"the {_count(seen.n, 'seed')} of the search"
+    return seen, "" if seen is None else f"the search's {_count(seen.n, 'seed') if seen.n > 1 else 'one seed'}"
 
 
 def _of_ablation(results: StudyResults, *, named: bool) -> list[str]:
