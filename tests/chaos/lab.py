@@ -187,9 +187,13 @@ class MlflowServer:
         # Its job runners take the cores for a minute, and have nothing to do with what is tracked.
         environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
         with (self._at / "server.log").open("ab") as log:
-            self._process = subprocess.Popen(
+            self._server = subprocess.Popen(
                 command, stdout=log, stderr=log, env=environment, start_new_session=True, cwd=self._at
             )
+
+    @property
+    def process(self) -> psutil.Process:
+        return psutil.Process(self._server.pid)
 
     @property
     def answers(self) -> bool:
@@ -202,8 +206,8 @@ class MlflowServer:
     def kill(self) -> None:
         """It and its workers, at once."""
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+            os.killpg(self._server.pid, signal.SIGKILL)
+        self._server.wait()
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,13 @@ python tests/chaos/outage.py --seconds 600
 """
 
 import argparse
+import os
 import sqlite3
 import tempfile
 import time
 from pathlib import Path
 
+import psutil
 from hqlt_orchestration.records.store import Store
 from hqlt_orchestration.tracking.spool import Spool, unshipped_bytes
 from lab import MlflowServer
@@ -38,8 +40,18 @@ class Reporters:
                 self.took_s.append(time.perf_counter() - began)
             time.sleep(EVERY_S)
 
+    @property
+    def writer(self) -> psutil.Process:
+        return psutil.Process(self._spool._writer.pid)
+
     def close(self) -> int:
         return self._spool.close(300)
+
+
+def processor_s(process: psutil.Process) -> float:
+    """The processor time of a process and its children so far."""
+    times = [one.cpu_times() for one in (process, *process.children(recursive=True))]
+    return sum(time.user + time.system for time in times)
 
 
 def main() -> None:
@@ -58,10 +70,12 @@ def main() -> None:
             server.start()
             while not server.answers:
                 reporters.report(1)
-            back = time.monotonic()
+            back, writer = time.monotonic(), reporters.writer
+            spent_s = [processor_s(server.process), processor_s(writer)]
             while unshipped_bytes(store.spool_folder("outage")) > 50_000 and time.monotonic() - back < 600:
                 reporters.report(1)
             caught_up_s = time.monotonic() - back
+            spent_s = [processor_s(server.process) - spent_s[0], processor_s(writer) - spent_s[1]]
             left = reporters.close()
         finally:
             server.kill()
@@ -76,6 +90,8 @@ def main() -> None:
         f"down for {seconds:.0f} s: {n_told} points told, MLflow has {n_points}, {n_points - n_distinct} of them twice"
     )
     print(f"shipped {caught_up_s:.0f} s after the server answered again; {left} bytes left in the end")
+    print(f"processor time meanwhile: {spent_s[0]:.1f} s of MLflow's, {spent_s[1]:.1f} s of the writer's")
+    print(f"load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores")
     print(f"to append a record: p50 {p50:.0f} us, p99 {p99:.0f} us, p99.9 {p999:.0f} us, max {took[-1] * 1e3:.1f} ms")
 
 
