@@ -60,6 +60,19 @@ def counted(count: int, thing: str) -> str:
     return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
 
 
+def duration(seconds: float) -> str:
+    """`seconds` as people say it: 40 s, 12 min, 3.5 h.
+
+    >>> [duration(s) for s in (8.2, 130.0, 12_000.0)]
+    ['8 s', '2 min', '3.3 h']
+    """
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 100 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
 def axis_label(name: str) -> str:
     """A metric's or cost's name with its unit.
 

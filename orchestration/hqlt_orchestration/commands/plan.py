@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hqlt_dashboards.ablation import BASELINE
-from hqlt_dashboards.words import counted, describe, format_value, spoken
+from hqlt_dashboards.words import counted, describe, duration, format_value, spoken
 from hqlt_search_space.axes import AxisDomain, AxisValue, Choices, IntegerRange, RealRange
 from hqlt_search_space.cost import costs
 from hqlt_search_space.errors import InvalidArchError, StudyFileError
@@ -65,7 +65,7 @@ def _summary(study: Study) -> str:
 
 
 def print_cost(file: Path, store: Store) -> None:
-    """Parameters, FLOPs and bytes of the study's models, and the hours that training them takes."""
+    """Parameters, FLOPs and bytes of the study's models, and the time that training them takes."""
     study = checked_study(file)
     if study.ablation is not None:
         found = [cell.config for cell in study.cells()]
@@ -86,10 +86,10 @@ def print_cost(file: Path, store: Store) -> None:
         print(f"{name.replace('_', ' '):<18}" + "".join(f"{format_value(name, value):>12}" for value in cells))
     largest = max(zip(table, found, strict=True), key=lambda pair: pair[0]["parameters"])[1]
     print(f"largest model: {describe(largest.arch)}")
-    print(_hours(study, statistics.fmean(cost["training_flops"] for cost in table), store))
+    print(_time(study, statistics.fmean(cost["training_flops"] for cost in table), store))
 
 
-def _hours(study: Study, mean_flops: float, store: Store) -> str:
+def _time(study: Study, mean_flops: float, store: Store) -> str:
     n_models = study.n_trials * len(study.seeds)
     total = mean_flops * n_models
     speed = _speed(store)
@@ -97,10 +97,10 @@ def _hours(study: Study, mean_flops: float, store: Store) -> str:
     after = "; replication comes on top" if study.replication else ""
     lead = f"{counted(n_models, 'model')}, {format_value('training_flops', total)} FLOP in training"
     if speed is None:
-        return f"{lead}{stopped}{after}. Hours: not known until a study has run with this data folder"
-    hours = total / speed / study.budget.parallel / 3600
+        return f"{lead}{stopped}{after}. How long: not known until a study has run with this data folder"
+    seconds = total / speed / study.budget.parallel
     return (
-        f"{lead}: about {hours:.2g} h with {study.budget.parallel} at a time, "
+        f"{lead}: about {duration(seconds)} with {study.budget.parallel} at a time, "
         f"at the {format_value('flops', speed)} FLOP/s seen here{stopped}{after}"
     )
 

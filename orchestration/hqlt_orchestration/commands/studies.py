@@ -125,7 +125,8 @@ def _update(ledger: Ledger, stored: StudyRow, study: Study) -> Study:
 def _drive(study: Study, store: Store, ledger: Ledger, machine: Machine) -> int:
     """Run `study` until it ends or is interrupted, and print what came of it."""
     if ledger.study(study.name).state == "complete":
-        print(f"study {study.name} is complete; give it more trials with: hqlt study extend", file=sys.stderr)
+        more = f"; for more trials: hqlt study extend {study.name} --trials N" if study.search is not None else ""
+        print(f"study {study.name} is complete{more}", file=sys.stderr)
         return _conclude(study, study_results(ledger, study.name), "complete")
     store.refuse_links(study.name)
     try:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+from hqlt_dashboards.words import duration
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
@@ -34,7 +35,7 @@ class Standing:
         parts = [f"{self.running} running"] if self.running else []
         parts += [f"{self.failed} failed"] if self.failed else []
         if self.seconds_left is not None and self.done < self.total:
-            parts.append(f"{_duration(self.seconds_left)} left")
+            parts.append(f"{duration(self.seconds_left)} left")
         return ", ".join(parts)
 
     def best_of_front(self) -> str:
@@ -132,16 +133,3 @@ class Estimate:
         if self._started is None or done_here <= 0:
             return None
         return (self._clock() - self._started) / done_here * max(0, total - done)
-
-
-def _duration(seconds: float) -> str:
-    """`seconds` as people say it: 40 s, 12 min, 3.5 h.
-
-    >>> [_duration(s) for s in (8.2, 130.0, 12_000.0)]
-    ['8 s', '2 min', '3.3 h']
-    """
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    if seconds < 100 * 60:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
