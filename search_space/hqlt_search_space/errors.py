@@ -96,7 +96,7 @@ class StudyConflictError(HqltError):
             [
                 f"study {self.name!r} exists with other contents:",
                 *self.differences,
-                "give the file another name, or remove the old study with `hqlt study delete " + self.name + "`",
+                f"change `name` in the file, or remove the old study with `hqlt study delete {self.name}`",
             ]
         )
 
