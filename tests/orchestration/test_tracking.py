@@ -328,9 +328,10 @@ WAYS_TO_FAIL = {
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's own
 def test_every_way_to_fail_has_its_reason_in_the_ledger_in_status_and_in_mlflow(
-    tmp_path: Path, make_study: Callable[..., Study], make_outcome: Callable[..., TrialResult]
+    tmp_path: Path, mlflow_uri: str, make_study: Callable[..., Study], make_outcome: Callable[..., TrialResult]
 ) -> None:
-    study, store = make_study(trials=len(WAYS_TO_FAIL), sampler="random"), Store(tmp_path)
+    study = make_study(trials=len(WAYS_TO_FAIL), sampler="random")
+    store = Store(tmp_path, mlflow=mlflow_uri)
     ledger = store.open()
     ledger.add_study(StudyRow.of(study))
     proposer, leases = Proposer(study, ledger), Leases(ledger, "small", "ray")
@@ -358,12 +359,15 @@ def test_every_way_to_fail_has_its_reason_in_the_ledger_in_status_and_in_mlflow(
         assert f"trial {number} {state}: {sentence.splitlines()[-1]}" in shown
     ledger.close()
     catch_up(store, "small")
-    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+    with sqlite3.connect(mlflow_uri.removeprefix("sqlite:///")) as database:
         tags = "SELECT run_uuid, value FROM tags WHERE key = "
         told_by_mlflow = database.execute(
             f"SELECT a.value, b.value FROM ({tags}'error.type') a JOIN ({tags}'error.message') b USING (run_uuid)"
         ).fetchall()
-        ends = database.execute("SELECT DISTINCT status FROM runs WHERE name <> 'search'").fetchall()
+        ends = database.execute(
+            "SELECT DISTINCT status FROM runs JOIN experiments USING (experiment_id)"
+            " WHERE experiments.name = 'small' AND runs.name <> 'search'"
+        ).fetchall()
     database.close()
     assert dict(told_by_mlflow) == WAYS_TO_FAIL
     assert len(told_by_mlflow) == len(WAYS_TO_FAIL)
