@@ -59,8 +59,8 @@ ALLOWED_SPILL_STORES = {
     "key_value_gradient window 128": 60,
     "short forward": 40,
     "short backward": 80,
-    "short backward, time": 40,
-    "short backward, heads": 40,
+    "short backward, time": 95,  # 82 of them with 3.6.0, which has as many without a normaliser; 22 with 3.7.1
+    "short backward, heads": 95,
     "split gradient": 45,  # tiles of half the rows need none and took 20 % longer
 }
 
