@@ -216,6 +216,14 @@ def test_a_space_in_which_nothing_satisfies_the_constraints_is_refused_by_name(h
         assert (code, "parameters" in err) == (2, True), err
 
 
+def test_a_corpus_that_is_not_there_is_told_before_anything_runs(hqlt: Run, tmp_path: Path) -> None:
+    parity = next(line for line in STUDY.splitlines() if line.startswith("task: "))
+    (tmp_path / "text.yaml").write_text(STUDY.replace(parity, "task: {kind: language_modelling, corpus: no/text.txt}"))
+    for command in (["study", "validate"], ["study", "run"], ["cost"]):
+        code, _, err = hqlt(*command, "text.yaml")
+        assert (code, f"task.corpus: there is no {tmp_path / 'no/text.txt'}" in err) == (2, True), err
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_read_only_folder_gets_a_sentence(hqlt: Run, tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(STUDY)

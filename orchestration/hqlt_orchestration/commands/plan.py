@@ -1,6 +1,7 @@
 """What a study would do and cost, before anything trains."""
 
 import math
+import os
 import random
 import statistics
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from hqlt_search_space.cost import costs
 from hqlt_search_space.errors import InvalidArchError, StudyFileError
 from hqlt_search_space.study import Study
 from hqlt_search_space.study_file import load_study
+from hqlt_search_space.tasks import LanguageModelling, Task
 from hqlt_search_space.trial import Config
 
 from hqlt_orchestration.records.results import study_results
@@ -26,13 +28,33 @@ def checked_study(file: Path) -> Study:
     """The study in `file`, if something in it can be trained.
 
     Raises:
-        StudyFileError: it has problems, or nothing satisfies its constraints.
+        StudyFileError: it has problems, nothing satisfies its constraints, or its corpus is not there.
     """
     study = load_study(file)
     why = study.why_empty() if study.search is not None else None
     if why is not None:
         raise StudyFileError(str(file), (f"constraints: {why}" if study.constraints else f"search.space: {why}",))
+    places = [corpus_place(part.task, file.parent) for part in study.by_task()]
+    missing = tuple(
+        f"task.corpus: there is no {place}; give a file or a folder, from the folder of the study's file on, or stdlib"
+        for place in places
+        if place is not None and not os.path.exists(place)  # noqa: PTH110 - Path.exists raises where it may not look
+    )
+    if missing:
+        raise StudyFileError(str(file), missing)
     return study
+
+
+def corpus_place(task: Task, folder: Path) -> Path | None:
+    """Where the corpus of `task` is; None if it reads none that the user has. A relative path is taken from `folder`,
+    that of the study's file: it means the same wherever the study is started and resumed from."""
+    if not isinstance(task, LanguageModelling):
+        return None
+    from hqlt_trainer.corpus import STDLIB
+
+    if task.corpus == STDLIB:
+        return None
+    return Path(os.path.normpath((folder / Path(task.corpus).expanduser()).absolute()))
 
 
 def validate(file: Path) -> None:

@@ -1,6 +1,5 @@
 """What the `hqlt study` commands do: run, resume, show, extend, cancel, delete, free."""
 
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from hqlt_search_space.study import Study
 from hqlt_search_space.tasks import LanguageModelling, Task
 from hqlt_search_space.trial import StudyResults
 
-from hqlt_orchestration.commands.plan import checked_study, some_configs
+from hqlt_orchestration.commands.plan import checked_study, corpus_place, some_configs
 from hqlt_orchestration.commands.room import check_room
 from hqlt_orchestration.driving.doors import doors, open_doors_sentence
 from hqlt_orchestration.driving.packing import Need, need_of
@@ -78,8 +77,7 @@ def resume(name: str, store: Store, machine: Machine) -> int:
 
 
 def with_data(study: Study, folder: Path) -> Study:
-    """`study` with the place and the hash of its corpus, if it reads one. A relative path is taken from `folder`, that
-    of the study's file: it means the same wherever the study is started and resumed from.
+    """`study` with the place (`corpus_place`) and the hash of its corpus, if it reads one.
 
     Raises:
         DataError: the corpus cannot be used.
@@ -96,11 +94,11 @@ def with_data(study: Study, folder: Path) -> Study:
 def _found(task: Task, folder: Path) -> Task:
     if not isinstance(task, LanguageModelling):
         return task
-    from hqlt_trainer.corpus import STDLIB, fingerprint
+    from hqlt_trainer.corpus import fingerprint
 
-    if task.corpus != STDLIB:
-        place = (folder / Path(task.corpus).expanduser()).absolute()
-        task = task.model_copy(update={"corpus": os.path.normpath(place)})
+    place = corpus_place(task, folder)
+    if place is not None:
+        task = task.model_copy(update={"corpus": str(place)})
     if task.data_sha256 is not None:
         return task
     return task.model_copy(update={"data_sha256": fingerprint(task)})
