@@ -9,13 +9,13 @@ stands (i: a query or the time of a write; D the decay between the two, M = tril
 
     dU^T = do^T P       dR^T = dU^T T       dq^T = k^T (D U do^T)       dk = (D U do^T) q - M^T k - (k^T M)^T
 
-Linear attention may have a normaliser in place of the scale: query i is multiplied by r_i = 1 / (q_i . z_i + 1e-10),
-where z_i is the sum of the keys that it reads (TIME: the weights P of a query then sum to one), or of its own token's
-keys of the heads up to this one (HEADS, which sums them itself: they are in the cache, from programs beside it). With
-the change of i's normaliser taken as that of one more weight, dn_i = -r_i (do_i . o_i):
+Linear attention may have a normaliser in place of the scale: query i is multiplied by r_i = 1 / (q_i . z_i + 1e-10).
+With TIME z_i is the sum of the keys that it reads, so q_i . z_i is the sum of its weights P. With HEADS it is the sum
+over the heads up to this one of the key that is written at i; programs beside this one bring them into the cache. The
+gradient of a normaliser is dn_i = -r_i (do_i . o_i), and then
 
-    TIME: dq_i and dk_j from r_i (do_i . U_j) + dn_i for U do^T      HEADS: dq_i += dn_i z_i, and key h is in the z of
-                                                                     every head from h on: `heads_gradient_kernel`
+    TIME     what stood for do_i . U_j is r_i (do_i . U_j) + dn_i
+    HEADS    the same without dn_i; dq_i += dn_i z_i; a key is in the z of all later heads: `heads_gradient_kernel`
 """
 
 # ruff: noqa: SIM108  # Triton compiles a subset of Python; `if` on a constexpr takes code out
@@ -28,7 +28,7 @@ import triton.language as tl
 from hqlt_kernels.fast_weight.triton_kernels import _features, _features_backward, _inverse, _readable
 from hqlt_kernels.window_attention.triton_kernels import LOG2E, NEVER, _visible
 
-# Values of the constexpr NORMALISER; 0 is none.
+# Values of the constexpr NORMALISER, by their places in `fast_weight.operator.NORMALISERS`; 0 is none.
 TIME = tl.constexpr(1)
 HEADS = tl.constexpr(2)
 NORMALISER_EPSILON = tl.constexpr(1e-10)
@@ -107,7 +107,7 @@ def _rates(
     P, q, at, head, ok, K: tl.constexpr, BT: tl.constexpr, READ: tl.constexpr, FEATURE: tl.constexpr,
     NORMALISER: tl.constexpr,
 ):  # fmt: skip
-    """What a normaliser multiplies the queries by; zero where nothing is read, whose normaliser may be zero."""
+    """What a normaliser multiplies the queries by; zero where nothing is read: there it may be the epsilon alone."""
     if NORMALISER == TIME:
         n = tl.sum(P, 1)
     else:
