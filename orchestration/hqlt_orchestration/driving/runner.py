@@ -170,6 +170,7 @@ class Driver:
         self._show()
 
     def _end(self) -> None:
+        self._board.read()  # what others have ended last
         self._show()
         self._teller.front_moves(self._board.results(), last=True)
         self._teller.phase_ends()
