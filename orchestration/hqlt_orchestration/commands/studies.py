@@ -1,4 +1,4 @@
-"""What the `hqlt study` commands do: run, resume, show, extend, cancel, delete, free."""
+"""What the `hqlt study` commands do: run, resume, extend, cancel, delete, free."""
 
 import shutil
 import sys
