@@ -84,7 +84,7 @@ def _choices(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m hqlt_trainer.backends", description=__doc__.partition(". ")[2])
+    parser = argparse.ArgumentParser(prog="python -m hqlt_trainer.backends", description=__doc__)
     parser.add_argument("study", type=Path, help="the file of an ablation")
     parser.add_argument("--hopper", action="store_true", help="what a Hopper GPU would take")
     options = parser.parse_args(arguments)

@@ -389,7 +389,7 @@ class Training:
 
     def _build(self, vocab_size: int) -> None:
         """The stack as it starts, or as the newest checkpoints that stand at one step have it."""
-        torch.manual_seed(self.replicas[0].seed)  # nothing draws from it today; a layer with dropout would
+        torch.manual_seed(self.replicas[0].seed)  # no layer draws from it yet; one with dropout would
         models = [replica.build(vocab_size) for replica in self.replicas]
         recipes = [replica.trial.config.recipe for replica in self.replicas]
         self.stack = Stack(models, recipes, torch.device(self.runtime.device))
