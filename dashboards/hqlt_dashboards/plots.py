@@ -138,7 +138,7 @@ def _title(results: StudyResults, dots: Sequence[_Dot]) -> str:
     n_front = sum(dot.on_front for dot in dots)
     line = f"{results.name}: {n_front} of {len(dots)} trials with a result are on the front"
     if any(member.replicated for member in front_members(results)):
-        line += "\nfront: means over fresh seeds, 95 % intervals; pale: what the search saw"
+        line += "\nfront: means over fresh seeds, bootstrap intervals; pale: what the search saw"
     return line
 
 
