@@ -20,7 +20,8 @@ def fold_replicas(op: CustomOpDef) -> None:
             if not isinstance(x, Tensor) or x.numel() == 0:
                 return x
             x = x.unsqueeze(0).expand(n, *x.shape) if dim is None else x.movedim(dim, 0)
-            return x.flatten(0, 1)
+            # Into a batch of one PyTorch folds an axis of any stride, such as 0, without a copy.
+            return x.flatten(0, 1).contiguous()
 
         outputs = op(*(fold(x, dim) for x, dim in zip(args, in_dims, strict=True)))
         if isinstance(outputs, Tensor):

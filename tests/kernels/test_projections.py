@@ -91,6 +91,16 @@ def test_the_kernel_that_takes_rows_is_the_plain_form(dtype: torch.dtype) -> Non
     )
 
 
+def test_where_no_rows_are_taken_the_gradient_is_zero() -> None:
+    from hqlt_kernels.projections import triton_operator
+
+    x = random(5, 8, dtype=torch.float32).requires_grad_()
+    y = triton_operator.take_rows(x, torch.arange(0, device=DEVICE))
+    y.sum().backward()
+    assert x.grad is not None
+    assert not x.grad.any()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("replicas", [1, 3])
 def test_the_kernels_give_the_same_bits_every_time(replicas: int) -> None:

@@ -238,6 +238,21 @@ def test_replicas_under_vmap_are_one_call_each():
     assert torch.equal(torch.vmap(run)(*stacked), each)
 
 
+def test_under_vmap_a_batch_of_one_may_be_shared_by_all_replicas_or_a_slice_of_something_larger():
+    q, k, v, beta = (x.float() for x in inputs(rule="delta", dtype=torch.float32, head_dim=16, n_tokens=33)[:4])
+    q, k, v, beta = (x[:1] for x in (q, k, v, beta))
+    gapped = torch.stack([q, q + 1, q - 1], 1)[:, :2].movedim(1, 0)
+
+    def run(q, k):
+        return fast_weight_operator.fast_weight(
+            q, k, v, beta, None, None, feature_map="silu_l2", scale=1.0, read_chunk=None
+        )[0]
+
+    each = torch.stack([run(x, k) for x in gapped])
+    assert torch.equal(torch.vmap(run, in_dims=(0, None))(gapped, k), each)
+    assert torch.equal(torch.vmap(run)(gapped, k.expand(2, *k.shape)), each)
+
+
 def test_the_custom_operators_keep_pytorchs_contract():
     q, k, v, beta, log_decay, state = (
         x.float().requires_grad_() for x in inputs(rule="gated_delta", dtype=torch.float32, head_dim=16, n_tokens=40)

@@ -114,6 +114,15 @@ def test_all_keys_of_a_long_sequence_in_16_bits():
     check(dtype=dtype, head_dim=32, n_tokens=260, window=300, rope_base=None)
 
 
+def test_turning_at_many_positions_asks_for_few_tables():
+    x = torch.randn(1, 2, 1, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    before = window_operator._table.cache_info().misses
+    for position in range(0, 500, 25):
+        y = window_operator.turn(x, 100.0, position, False)
+        torch.testing.assert_close(y, rotate(x, 100.0, position), rtol=1e-5, atol=1e-5)
+    assert window_operator._table.cache_info().misses - before <= 2
+
+
 def test_changing_a_token_leaves_earlier_outputs_bit_identical():
     torch.manual_seed(0)
     options = {"window": 20, "rope_base": 1e4, "chunk_aligned": False, "position": 0, "scale": 1.0}

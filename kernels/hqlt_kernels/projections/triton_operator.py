@@ -134,7 +134,7 @@ def run_take(x: Tensor, at: Tensor) -> list[Tensor]:
 def run_put(dy: Tensor, at: Tensor, n: int) -> list[Tensor]:
     """Zeros [n, ...] with dy in the rows `at`."""
     dx = dy.new_zeros(n, *dy.shape[1:])
-    width = dy.numel() // len(dy)
+    width = dx[0].numel()  # dy may have no rows
     kernels.scatter_kernel[(len(dy),)](dy, at, dx, D=width, BLOCK=triton.next_power_of_2(width), num_warps=1)
     return [dx]
 

@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from hqlt_kernels.rotary import LONGEST_REMEMBERED
 from hqlt_kernels.triton_eager import eager_operator, nobody_looks_on
 from hqlt_kernels.triton_replicas import fold_replicas
 from hqlt_kernels.window_attention import triton_kernels as kernels
@@ -240,7 +241,12 @@ class _Plan:
 def run_turn(x: Tensor, base: float, position: int, back: bool) -> Tensor:
     """`x` [B, T, H, D] turned by absolute positions, or turned back."""
     batch, n_tokens, n_heads, head_dim = x.shape
-    cos, sin = _table(base, n_tokens, head_dim, position, x.device, torch.float32)
+    first, rows = position, n_tokens
+    if position == 0 or 0 < position <= LONGEST_REMEMBERED - n_tokens:
+        # Decoding asks for others at every token: few tables serve them all, and none that a CUDA graph reads is lost.
+        first, rows = 0, max(256, triton.next_power_of_2(position + n_tokens))
+    table = _table(base, rows, head_dim, first, x.device, torch.float32)
+    cos, sin = (angles[position - first :] for angles in table)
     y = torch.empty_like(x)
     kernels.turn_kernel[(triton.cdiv(n_tokens, 32) * batch * n_heads,)](
         x, y, cos, sin, n_tokens, H=n_heads, D=head_dim, BT=32, BACK=back
@@ -251,13 +257,14 @@ def run_turn(x: Tensor, base: float, position: int, back: bool) -> Tensor:
 turn = torch.library.custom_op("hqlt::turn", run_turn, mutates_args=())
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=64)
 def _table(
     base: float, rows: int, head_dim: int, position: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """cos and sin of position * base^(-2 i / D), [rows, D / 2], computed in float64.
 
-    Kept between calls: a CUDA graph must be warmed up with the same shapes before it is captured.
+    Kept between calls: a CUDA graph must be warmed up with the same shapes before it is captured, and finds its table
+    until 64 others have been asked for.
     """
     frequencies = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
     angles = torch.outer(torch.arange(position, position + rows, dtype=torch.float64, device=device), frequencies)
