@@ -356,7 +356,7 @@ def _collect_reads(
         return
     inside.zero_()
     by_tile = torch.bmm(queries.mT, grad_answers).view(n_tiles, m, *grad_states.shape[1:])
-    read = torch.tensor(tiling.tiles_read, device=Q.device)
+    read = _numbers(tuple(tiling.tiles_read), Q.device)
     grad_states.view(n_tiles + 1, *by_tile.shape[1:]).index_add_(0, read, by_tile, alpha=scale)
 
 
@@ -418,7 +418,7 @@ class _Decay(NamedTuple):
         at_write = total if tiling.n_writes == 1 else total.repeat_interleave(tiling.n_writes, -1)
         at_read = total
         if tiling.read_chunk is not None:
-            at_read = functional.pad(total, (1, 0))[:, list(tiling.tokens_read)]
+            at_read = functional.pad(total, (1, 0))[:, _numbers(tuple(tiling.tokens_read), total.device)]
 
         def left(log: Tensor) -> Tensor:
             return log.to(log_decay.dtype, copy=True).exp_()
@@ -444,6 +444,14 @@ class _Decay(NamedTuple):
         )
 
 
+# These are remembered for CUDA graphs as well: a step that is captured may copy nothing from Python's memory.
+
+
+@lru_cache(maxsize=64)
+def _numbers(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, device=device)
+
+
 @lru_cache(maxsize=64)
 def _read_mask(tiling: Tiling, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[c, w]: `value` where a query reads a write of its own tile, else 0."""
@@ -458,12 +466,21 @@ def _minus_below_diagonal(size: int, dtype: torch.dtype, device: torch.device) -
     return torch.tensor([[-float(j < i) for j in range(size)] for i in range(size)], dtype=dtype, device=device)
 
 
+@lru_cache(maxsize=64)
+def _reaches(tiling: Tiling, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """[c, c] and [c, w]: 1 where a token's decay lies before what a query reads, or before a write, else 0."""
+    tokens, writes = range(tiling.n_tokens), range(tiling.writes)
+    read = [[n_read > token for n_read in tiling.tokens_read] for token in tokens]
+    write = [[place // tiling.n_writes >= token for place in writes] for token in tokens]
+    return torch.tensor(read, dtype=dtype, device=device), torch.tensor(write, dtype=dtype, device=device)
+
+
 def _read_states(states: Tensor, m: int, tiling: Tiling) -> Tensor:
     """For each tile, the states [B H, K, V] that its queries read."""
     if tiling.tiles_read is None:
         return states[: tiling.n_tiles * m]
     by_tile = states.view(tiling.n_tiles + 1, m, *states.shape[1:])
-    return by_tile[tiling.tiles_read].flatten(0, 1)
+    return by_tile[_numbers(tuple(tiling.tiles_read), states.device)].flatten(0, 1)
 
 
 def _add_part(target: Tensor, x: Tensor, part: Tensor, left: Tensor, where: slice) -> Tensor:
@@ -491,12 +508,7 @@ def _grad_log_decay(
     leaves its rounding behind: where decay is strong, nothing else.
     """
 
-    def flags(rows: list[list[bool]]) -> Tensor:
-        return torch.tensor(rows, dtype=over_tile.dtype, device=over_tile.device)
-
-    tokens, writes = range(tiling.n_tokens), range(tiling.writes)
-    reaches_read = flags([[n_read > token for n_read in tiling.tokens_read] for token in tokens])
-    reaches_write = flags([[write // tiling.n_writes >= token for write in writes] for token in tokens])
+    reaches_read, reaches_write = _reaches(tiling, over_tile.dtype, over_tile.device)
     follows_write = 1 - reaches_write
     total = over_tile + reaches_read @ until_read + follows_write @ after_write
     if until_write is not None:
