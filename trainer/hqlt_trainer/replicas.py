@@ -254,7 +254,8 @@ class Stack:
             self._captured = _Captured(self._compute, self._on_device(data))
         except RuntimeError as error:  # torch's own, of which CUDA's errors are a kind
             torch.cuda.synchronize()
-            self.not_captured = str(error).partition("\n")[0]
+            cause = error.__context__ or error  # to end a capture that has failed fails too, and says less
+            self.not_captured = str(cause).partition("\n")[0]
             self._forget_gradients()
 
     def _on_device(self, data: DataOrSource) -> DataOrSource:
@@ -356,8 +357,12 @@ class _Captured:
         """Data on the device are where the graph will read, a source becomes part of it. Capturing computes nothing."""
         self._data = data
         self._graph = torch.cuda.CUDAGraph()
-        # Of this thread alone: the one that makes data allocates pinned memory meanwhile.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        # Of this thread alone: the one that makes data allocates pinned memory meanwhile. A capture that cannot even be
+        # ended would leave its stream the current one, but for the outer context.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(self._graph, capture_error_mode="thread_local"),
+        ):
             compute(data)
 
     def replay(self, data: DataOrSource) -> None:
