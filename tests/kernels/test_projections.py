@@ -81,6 +81,20 @@ def test_the_embeddings_kernel_is_the_plain_form(replicas: int, n_tokens: int) -
 
 
 @pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("n_tokens", [3, 20, 40, 64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_embeddings_gradient_adds_narrow_rows_in_float32(dtype: torch.dtype, n_tokens: int) -> None:
+    from hqlt_kernels.projections import triton_operator
+
+    tokens = torch.randint(n_tokens, (4, 50), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    dy = random(4, 50, 80, dtype=dtype)
+    (ours,) = triton_operator.run_embed_gradient(tokens, dy, [n_tokens, 80], torch.float32)
+    truth = torch.zeros(n_tokens, 80, dtype=torch.float64, device=DEVICE)
+    truth.index_add_(0, tokens.flatten(), dy.flatten(0, 1).double())
+    torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_kernel_that_takes_rows_is_the_plain_form(dtype: torch.dtype) -> None:
     from hqlt_kernels.projections import triton_operator

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hqlt_kernels.triton_device import on_its_device
+
 
 @triton.jit
 def _one_minus_power(log_beta, n):
@@ -49,6 +51,7 @@ def adamw_kernel(
         tl.store(weights + at, w, mask=ok)
 
 
+@on_its_device
 def run_adamw_(
     weights: Tensor,
     gradients: Tensor,

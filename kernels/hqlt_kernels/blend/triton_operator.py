@@ -25,6 +25,7 @@ from hqlt_kernels.blend.state import Timing
 from hqlt_kernels.fast_weight import triton_operator as fast_weight
 from hqlt_kernels.fast_weight.operator import NORMALISERS, Normaliser
 from hqlt_kernels.feature_maps import FEATURE_MAPS, FeatureMap
+from hqlt_kernels.triton_device import on_its_device
 from hqlt_kernels.triton_eager import eager_operator, nobody_looks_on
 from hqlt_kernels.triton_replicas import fold_replicas
 from hqlt_kernels.window_attention import triton_operator as window_attention
@@ -80,6 +81,7 @@ def blend(
     return (kv.to(out_dtype), fw.to(out_dtype), None) if gate is None else (None, None, mixed.to(out_dtype))
 
 
+@on_its_device
 def run_forward(
     q: Tensor,
     k: Tensor,
@@ -285,15 +287,17 @@ def _beside(device: torch.device) -> Iterator[Any]:
     if device.type != "cuda":
         yield lambda: None
         return
-    main, side = torch.cuda.current_stream(device), _side_stream(device)
+    main = torch.cuda.current_stream(device)
+    side = _side_stream(main)
     side.wait_stream(main)
     with torch.cuda.stream(side):
         yield lambda: main.wait_stream(side)
 
 
 @lru_cache(maxsize=16)
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]  # torch has no types here
+def _side_stream(main: torch.cuda.Stream) -> torch.cuda.Stream:
+    """One for each: what was made on it is freed while `main` may still read, and only `main` is waited for."""
+    return torch.cuda.Stream(main.device, priority=-1)  # type: ignore[no-untyped-call]  # torch has no types here
 
 
 @blend_forward.register_fake

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hqlt_kernels.block_parts import triton_kernels as kernels
 from hqlt_kernels.projections.triton_operator import sum_parts
+from hqlt_kernels.triton_device import on_its_device
 from hqlt_kernels.triton_eager import eager_operator, nobody_looks_on
 
 ELEMENTS = 2048
@@ -41,6 +42,7 @@ def rms_norm(
     return y, total
 
 
+@on_its_device
 def run_norm(
     x: Tensor, delta: Tensor | None, weight: Tensor, gate: Tensor | None, epsilon: float, dtype: torch.dtype
 ) -> list[Tensor]:
@@ -124,6 +126,7 @@ norm_forward.register_autograd(lambda ctx, grads: _norm_backward(norm_backward, 
 eager_norm = eager_operator(run_norm, _setup_norm, lambda ctx, *grads: _norm_backward(run_norm_gradient, ctx, grads), 2)
 
 
+@on_its_device
 def run_mix_norm(kv: Tensor, fw: Tensor, logits: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
     """The norm of kv + sigmoid(logits) (fw - kv), all [..., D] and contiguous."""
     y = torch.empty_like(kv, dtype=dtype)
@@ -165,6 +168,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return y
 
 
+@on_its_device
 def run_swiglu(gate: Tensor, up: Tensor) -> list[Tensor]:
     y = torch.empty_like(gate)
     n = y.numel()

@@ -16,6 +16,7 @@ from torch import Tensor
 from hqlt_kernels.fast_weight import triton_kernels as kernels
 from hqlt_kernels.fast_weight.triton_gradient import gradient_kernel
 from hqlt_kernels.feature_maps import FEATURE_MAPS, FeatureMap
+from hqlt_kernels.triton_device import on_its_device
 from hqlt_kernels.triton_eager import eager_operator, nobody_looks_on
 from hqlt_kernels.triton_replicas import fold_replicas
 
@@ -163,6 +164,7 @@ def fast_weight(
     return o[:, n_writes - 1 :: n_writes].to(out_dtype), final
 
 
+@on_its_device
 def run_forward(
     q: Tensor,
     k: Tensor,
@@ -320,6 +322,7 @@ def run_gradients(
 
 
 @torch.library.custom_op("hqlt::fast_weight_step", mutates_args=())
+@on_its_device
 def fast_weight_step(
     q: Tensor,
     k: Tensor,

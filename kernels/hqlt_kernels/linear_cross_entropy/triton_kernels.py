@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hqlt_kernels.triton_device import on_its_device
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1e38)  # finite, so that a lane which has seen no logit yet does not subtract infinities
 
@@ -37,6 +39,7 @@ def softmax_gradient_kernel(logits, targets, losses, V, BLOCK: tl.constexpr):
         tl.store(logits + here, tl.where(here == target, p - 1, p).to(logits.dtype.element_ty), mask=here < V)
 
 
+@on_its_device
 def run_softmax_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
     """See `operator.softmax_gradient_`; logits are contiguous."""
     losses = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)

@@ -61,7 +61,8 @@ def take_rows(x: Tensor, at: Tensor) -> Tensor:
 
 def embed(tokens: Tensor, weight: Tensor) -> Tensor:
     """The row of `weight` [tokens, D] for each of `tokens` (int64, any shape); on a GPU under autocast in its type."""
-    if _has_kernel(weight) and weight.shape[-2] <= MOST_TOKENS:
+    small = weight.shape[-2] <= MOST_TOKENS and tokens.numel() * weight.shape[-1] < 2**31  # 32 bits index its rows
+    if small and _has_kernel(weight):
         from hqlt_kernels.projections import triton_operator
 
         return triton_operator.embed(tokens, weight)

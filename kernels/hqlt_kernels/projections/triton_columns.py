@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hqlt_kernels.triton_device import on_its_device
+
 ELEMENTS = 4096
 """In a tile: thirty-two a thread at four warps."""
 
@@ -36,6 +38,7 @@ def columns_kernel(
     tl.store(target + row * target_stride + column, x, mask=ok)
 
 
+@on_its_device
 def copy_columns(source: Tensor, target: Tensor, before: Tensor, what: Literal["copy", "activate", "slope"]) -> None:
     """[N, C] to [N, C], whose last axes have stride 1; what else is done, see `columns_kernel`."""
     n, width = target.shape

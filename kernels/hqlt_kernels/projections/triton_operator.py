@@ -8,6 +8,7 @@ import triton
 from torch import Tensor
 
 from hqlt_kernels.projections import triton_kernels as kernels
+from hqlt_kernels.triton_device import on_its_device
 from hqlt_kernels.triton_eager import eager_operator, nobody_looks_on
 
 PROGRAMS = 528
@@ -43,6 +44,7 @@ def split_projections(rows: Tensor, filters: Tensor, widths: tuple[int, ...], ac
     return tuple(run(rows, filters, list(widths), activate, torch.is_grad_enabled())[:7])
 
 
+@on_its_device
 def run_split(rows: Tensor, filters: Tensor, widths: list[int], activate: bool, save: bool) -> list[Tensor]:
     """The seven parts, and the third before SiLU (empty where it is not kept)."""
     outputs = _fake_split(rows, filters, widths, activate, save)
@@ -167,6 +169,7 @@ def embed(tokens: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
+@on_its_device
 def run_embed(tokens: Tensor, weight: Tensor, dtype: torch.dtype) -> list[Tensor]:
     (y,) = _fake_embed(tokens, weight, dtype)
     width, replicas = weight.shape[-1], _replicas(weight, 2)

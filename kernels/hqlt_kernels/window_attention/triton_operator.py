@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from hqlt_kernels.rotary import LONGEST_REMEMBERED
+from hqlt_kernels.triton_device import on_its_device
 from hqlt_kernels.triton_eager import eager_operator, nobody_looks_on
 from hqlt_kernels.triton_replicas import fold_replicas
 from hqlt_kernels.window_attention import triton_kernels as kernels
@@ -82,6 +83,7 @@ def is_near(q: Tensor, k: Tensor, window: int) -> bool:
     return q.shape[1] == k.shape[1] and window <= tile_rows(q.dtype)
 
 
+@on_its_device
 def run_forward(
     q: Tensor,
     k: Tensor,
@@ -238,6 +240,7 @@ class _Plan:
         }
 
 
+@on_its_device
 def run_turn(x: Tensor, base: float, position: int, back: bool) -> Tensor:
     """`x` [B, T, H, D] turned by absolute positions, or turned back."""
     batch, n_tokens, n_heads, head_dim = x.shape
