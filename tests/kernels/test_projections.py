@@ -99,7 +99,7 @@ def test_an_embeddings_gradient_adds_narrow_rows_in_float32(dtype: torch.dtype, 
 def test_the_kernel_that_takes_rows_is_the_plain_form(dtype: torch.dtype) -> None:
     from hqlt_kernels.projections import triton_operator
 
-    at = torch.randperm(50, generator=torch.Generator().manual_seed(0))[:7].to(DEVICE)
+    at = torch.randperm(50, generator=torch.Generator().manual_seed(0)).to(DEVICE)[:14:2]
     check(
         lambda x: (triton_operator.take_rows(x, at),), lambda x: (take_rows(x, at),), [random(50, 3, 24, dtype=dtype)]
     )

@@ -270,7 +270,7 @@ if CUDA:  # what the interpreter cannot show: compiled kernels in bfloat16, at s
             {
                 "rule": RULES,
                 "dtype": (torch.bfloat16, torch.float32),
-                "head_dim": (128, 64, 32),
+                "head_dim": (128, 64, 32, 16),
                 "n_tokens": (1, 15, 63, 64, 65, 100, 1000, 4096),
                 "keys": ("random", "correlated", "identical"),
                 "strength": ("up to 1", "up to 2", "some zero"),

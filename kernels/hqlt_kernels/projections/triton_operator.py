@@ -137,7 +137,9 @@ def run_put(dy: Tensor, at: Tensor, n: int) -> list[Tensor]:
     """Zeros [n, ...] with dy in the rows `at`."""
     dx = dy.new_zeros(n, *dy.shape[1:])
     width = dx[0].numel()  # dy may have no rows
-    kernels.scatter_kernel[(len(dy),)](dy, at, dx, D=width, BLOCK=triton.next_power_of_2(width), num_warps=1)
+    kernels.scatter_kernel[(len(dy),)](
+        dy, at.contiguous(), dx, D=width, BLOCK=triton.next_power_of_2(width), num_warps=1
+    )
     return [dx]
 
 
