@@ -75,12 +75,41 @@ def test_kernel_compiles_for_hopper_within_its_memory(compiled, kernel):
 
 
 @pytest.mark.parametrize(
-    "kernel", ["split", "split gradient", "norm", "norm gradient", "embed", "embed gradient", "adamw", "heads gradient"]
+    "kernel",
+    [
+        "split",
+        "split gradient",
+        "norm",
+        "norm gradient",
+        "embed",
+        "embed gradient",
+        "embed gradient, 64",
+        "adamw",
+        "heads gradient",
+    ],
 )
 def test_a_kernel_that_moves_bytes_compiles_for_hopper(compiled, kernel):
     report = compiled[kernel]
     assert report["shared_bytes"] <= SHARED_MEMORY_OF_HOPPER
     assert report["spill_stores"] <= ALLOWED_SPILL_STORES.get(kernel, 0), report
+
+
+@pytest.mark.parametrize("kernel", [*KERNELS, "embed gradient, 64"])
+def test_no_register_is_overwritten_that_a_product_still_reads(compiled, kernel):
+    assert compiled[kernel]["overwritten_operands"] == 0
+
+
+def test_a_register_that_is_overwritten_before_the_product_is_waited_for_is_seen():
+    from triton_compile import overwritten_operands
+
+    product, wait = "HGMMA.64x64x16.F32.BF16 R24, R56, gdesc[UR16], R24, gsb0", "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+    write = "@P0 PRMT R57, R77.reuse, 0x5410, R76"
+
+    def sass(*lines: str) -> str:
+        return "".join(f"        /*{i:04x}*/    {line} ;   /* 0x0 */\n" for i, line in enumerate(lines))
+
+    assert overwritten_operands(sass(write, product, wait, write)) == 0
+    assert overwritten_operands(sass(product, write, wait)) == 1
 
 
 @pytest.mark.parametrize(
